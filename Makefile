@@ -1,0 +1,85 @@
+# cptain: `make demo` and `make test` do all their own set-up, in .venv.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON        ?= python3
+VENV          ?= .venv
+TORCH         ?= torch==2.13.0
+MEGATRON_CORE ?= megatron-core==0.19.2
+PYTEST_ARGS   ?=
+
+# The image (docs/image.md says what each is for).
+include apptainer/pins.mk
+IMAGE     ?= cptain.sif
+SANDBOX   ?= cptain-sandbox
+IMAGE_CPU ?= cptain-cpu.sif
+BOOTSTRAP ?= docker
+MEGATRON  ?=
+IMAGE_GB  ?= 30
+FORCE     ?=
+# The one on PATH, else the private one that image-cpu and the tests install.
+PRIVATE   := .apptainer
+APPTAINER ?= $(or $(shell command -v apptainer),$(PRIVATE)/bin/apptainer)
+# How they reach apptainer/build.sh, and no other recipe: the tests run make again.
+image sandbox image-cpu: export BASE := $(BASE)
+image sandbox image-cpu: export BOOTSTRAP := $(BOOTSTRAP)
+image sandbox image-cpu: export MEGATRON := $(MEGATRON)
+image sandbox image-cpu: export MEGATRON_REPO := $(MEGATRON_REPO)
+image sandbox image-cpu: export MEGATRON_REF := $(MEGATRON_REF)
+image sandbox image-cpu: export IMAGE_GB := $(IMAGE_GB)
+image sandbox image-cpu: export FORCE := $(FORCE)
+image sandbox image-cpu: export APPTAINER := $(APPTAINER)
+
+.PHONY: help demo image sandbox image-cpu test lint clean
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready  ## text and a tiny model, made on the spot, through the whole pipeline on the CPU
+	$(VENV)/bin/python runs/demo.py
+
+image:  ## cptain.sif, from NGC's PyTorch and Megatron-LM (docs/image.md has the variables)
+	@apptainer/build.sh '$(IMAGE)'
+
+sandbox:  ## the same as a writable folder, cptain-sandbox
+	@apptainer/build.sh --sandbox '$(SANDBOX)'
+
+# The same recipe, on a base that needs no container registry, with PyPI's Megatron; a BASE given to make is taken.
+image-cpu: export MEGATRON := $(or $(MEGATRON),$(MEGATRON_CORE))
+image-cpu: export IMAGE_GB := 2
+ifeq ($(filter command environment,$(firstword $(origin BASE))),)
+image-cpu: export BOOTSTRAP := localimage
+image-cpu: export BASE := $(PRIVATE)/base
+image-cpu: $(PRIVATE)/base
+endif
+image-cpu: $(filter $(PRIVATE)/%,$(APPTAINER))  ## cptain-cpu.sif, for machines without a GPU
+	@apptainer/build.sh '$(IMAGE_CPU)'
+
+$(PRIVATE)/bin/apptainer: apptainer/install.sh apptainer/apt.sh
+	apptainer/install.sh $(PRIVATE)
+	@touch $@
+
+$(PRIVATE)/base: apptainer/base.sh apptainer/apt.sh
+	apptainer/base.sh $@
+	@touch $@
+
+test: lint  ## every test, with the real Megatron-LM
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/ready  ## format, lint and types
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/ruff check --quiet
+	$(VENV)/bin/mypy
+
+clean:  ## remove the venv and the demo
+	rm -rf $(VENV) demo
+
+# PyPI's megatron-core asks for Python 3.12 in its metadata and has wheels for 3.11, which run: hence its two options.
+# Of what it depends on, only what GPT training imports is installed.
+$(VENV)/ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "cptain needs Python 3.11 or later; this is $$($(PYTHON) --version). Try make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet '$(TORCH)'
+	$(VENV)/bin/pip install --quiet --editable '.[torch,dev]'
+	$(VENV)/bin/pip install --quiet --no-deps --ignore-requires-python '$(MEGATRON_CORE)'
+	touch $@

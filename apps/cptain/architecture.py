@@ -1,0 +1,141 @@
+"""A model's architecture, read from its config.json and never typed.
+
+Megatron cannot represent every config: what it cannot is refused here, by name, before anything is written. The rope
+scaling of Llama 3.1 is hard-coded in Megatron (`megatron.core.models.common.embeddings.rotary_pos_embedding`): low and
+high frequency factors 1 and 4, original length 8192; only the factor is an argument.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cptain.errors import CptainError, one_line
+
+SUPPORTED = ("LlamaForCausalLM",)
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a dense decoder, in Megatron's terms.
+
+    Attributes:
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the MLP, of the gate alone.
+        num_attention_heads: query heads.
+        num_query_groups: key and value heads; equal to `num_attention_heads` without grouped-query attention.
+        kv_channels: channels a head.
+        vocab_size: rows of the embedding in the Hugging Face checkpoint, unpadded.
+        max_position_embeddings: the longest sequence that the config names, tokens.
+        rotary_base: rope theta.
+        rope_scaling_factor: llama3 rope scaling's factor, or None without scaling.
+        norm_epsilon: of every RMSNorm.
+        tied_embeddings: the output layer is the embedding.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float
+    rope_scaling_factor: float | None
+    norm_epsilon: float
+    tied_embeddings: bool
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Rows of Megatron's embedding: `vocab_size` up to a multiple of 128 × `tensor_parallel`."""
+        multiple = 128 * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face model's folder, as it stands."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CptainError(f"{folder}: not a Hugging Face model: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise CptainError(f"{file}: cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise CptainError(f"{file}: not a JSON object")
+    return config
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of the Hugging Face model in `folder`.
+
+    Raises:
+        CptainError: no config.json, a missing key, or a config that Megatron cannot represent.
+    """
+    file, config = folder / "config.json", read_config(folder)
+
+    def refuse(key: str, value: Any, allowed: str) -> NoReturn:
+        raise CptainError(f"{file}: {key} = {json.dumps(value)}: not supported: {allowed}")
+
+    names = config.get("architectures") or []
+    if len(names) != 1 or names[0] not in SUPPORTED:
+        refuse("architectures", names, f"supported: {', '.join(SUPPORTED)}")
+    for key, only in _ONLY.items():
+        if config.get(key, only) != only:
+            refuse(key, config[key], f"only {json.dumps(only)}")
+    try:
+        for key in _SIZES:
+            if int(config[key]) < 1:
+                refuse(key, config[key], "must be over 0")
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        # transformers 5 keeps theta and the scaling together in rope_parameters, 4 apart in rope_theta and
+        # rope_scaling.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            refuse("rope_scaling.rope_type", kind, 'Megatron knows "default" and "llama3"')
+        if kind == "llama3":
+            for key, fixed in _MEGATRON_LLAMA3_ROPE.items():
+                if rope[key] != fixed:
+                    refuse(f"rope_scaling.{key}", rope[key], f"Megatron hard-codes {fixed:g}")
+        return Architecture(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_attention_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            kv_channels=int(config.get("head_dim") or hidden // heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=int(config["max_position_embeddings"]),
+            rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling_factor=float(rope["factor"]) if kind == "llama3" else None,
+            norm_epsilon=float(config["rms_norm_eps"]),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise CptainError(f"{file}: {error.args[0]}: is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CptainError(f"{file}: a value has the wrong type: {one_line(error)}") from error
+
+
+def model_folder(hf: str) -> Path:
+    """The local folder of a model: a folder as it is; a hub id from the Hugging Face cache, downloaded where it is not
+    there.
+
+    Raises:
+        CptainError: no such folder, or the hub does not have it or cannot be reached.
+    """
+    if Path(hf).is_absolute():
+        if not Path(hf).is_dir():
+            raise CptainError(f"{hf}: no such model folder")
+        return Path(hf)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hf, ignore_patterns=["*.pth", "*.bin", "original/*"]))
+    except Exception as error:
+        raise CptainError(f"{hf}: no such folder, and the hub does not give it: {one_line(error)}") from error

@@ -1,0 +1,127 @@
+"""Files and folders that appear under their final names only when they are complete.
+
+Everything is written beside its final name, flushed to disk, then renamed: rename is atomic within one file system, so
+a reader sees the old thing, the new thing or nothing. What a killed process leaves behind carries `PARTIAL` in its name
+with the host and process that wrote it, and the next writer of the same name removes it once that process is gone.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cptain.errors import CptainError
+
+PARTIAL = ".partial"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-(?P<pid>\d+)$")
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _process_is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_stale_partials(folder: Path) -> None:
+    """Remove what killed processes of this host left in `folder`. Another host's leftovers stay: it may be alive."""
+    for path in folder.glob(f".*{PARTIAL}-*"):
+        match = _PARTIAL_NAME.match(path.name)
+        if match and match["host"] == socket.gethostname() and _process_is_gone(int(match["pid"])):
+            _remove(path)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename is not, until the folder itself is on disk)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(final: Path, error: BaseException) -> None:
+    """Raise the one-line error of a disk that takes no more; a write() that fails does not say on which file."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        raise CptainError(f"{final}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """Yield a path to write; on success fsync it and rename it to `final`, on any exception remove it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(final)
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, final)
+        fsync_folder(final.parent)
+    except BaseException as error:
+        _remove(partial)
+        _cannot_write(final, error)
+        raise
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success its files are fsynced and it takes the name `final`.
+
+    A folder already there is replaced: it is moved aside before the rename and removed after, so that `final` is never
+    a mixture of both. On any exception the new folder is removed and the old one stays.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(final.parent)
+    partial = _partial(final)
+    replaced = _partial(final.with_name(f"{final.name}.replaced"))
+    try:
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as written:
+                    os.fsync(written.fileno())
+        fsync_folder(partial)
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(partial, final)
+        fsync_folder(final.parent)
+    except BaseException as error:
+        _remove(partial)
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+        _cannot_write(final, error)
+        raise
+    finally:
+        if final.exists():
+            _remove(replaced)
+
+
+def write_text(final: Path, text: str) -> None:
+    """Write a small file atomically."""
+    with atomic_file(final) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(final: Path, value: Any) -> None:
+    """Write a small JSON file atomically, indented for people."""
+    write_text(final, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,202 @@
+"""convert: a Hugging Face model → <run>/megatron/release, streamed on the CPU, without Megatron.
+
+Megatron loads a `release` at any tensor, pipeline and context parallel size, starts it at iteration 0, and takes no
+optimizer, schedule or random state from it. The embedding is written unpadded: Megatron fills the rows that its padded
+vocabulary adds with zeros.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cptain import __version__
+from cptain.architecture import Architecture, model_folder, read_architecture
+from cptain.atomic import atomic_folder
+from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
+from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, TorchDistWriter, write_tracker
+from cptain.errors import CptainError
+from cptain.progress import Progress, duration, human
+from cptain.run_file import RunFile
+
+_SOURCE = "source.json"
+_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry; it is computed
+
+
+def _source(folder: Path, reader: SafetensorsReader) -> dict[str, Any]:
+    """What a release was made of, kept beside it so that a changed model is converted again."""
+    files = [folder / "config.json", *reader.files]
+    stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"model": str(folder), "files": stats}
+
+
+def _is_done(root: Path, source: dict[str, Any]) -> bool:
+    try:
+        recorded = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))
+        if recorded["source"] != source or (root / TRACKER).read_text(encoding="utf-8").strip() != RELEASE:
+            return False
+        with TorchDistReader(root / RELEASE):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, CptainError):
+        return False
+
+
+def check_converted_from(root: Path, architecture: Architecture) -> None:
+    """Refuse a release that was converted from a model of another config.json: most of it shows in no tensor's shape.
+
+    Raises:
+        CptainError: which value differs.
+    """
+    try:
+        recorded = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # converted by another tool
+    for key, value in asdict(architecture).items():
+        if recorded.get(key) != value:
+            raise CptainError(
+                f"{root / RELEASE}: converted from a model with {key} = {recorded.get(key)}, "
+                f"where model.hf has {value}: run convert again"
+            )
+
+
+def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None:
+    """Refuse a model whose tensors are not those of its config.json, before anything is written.
+
+    Raises:
+        CptainError: a tensor missing, unknown, or of another shape; parts of one Megatron tensor that differ in dtype.
+    """
+    names = set(reader.names())
+    known: set[str] = set()
+    for rule in rules(architecture):
+        shapes = rule.hf_shapes(architecture)
+        dtype = None
+        for layer in rule.layers(architecture):
+            for name, shape in zip(rule.hf_names(layer), shapes, strict=True):
+                known.add(name)
+                if name not in names:
+                    raise CptainError(f"{reader.folder}: {name}: missing, and config.json needs it")
+                if reader.shape(name) != shape:
+                    found = list(reader.shape(name))
+                    raise CptainError(f"{reader.folder}: {name}: shape {found} where config.json needs {list(shape)}")
+                dtype = dtype or reader.dtype(name)
+                if reader.dtype(name) != dtype:
+                    raise CptainError(f"{reader.folder}: {name}: {reader.dtype(name)} where its neighbours are {dtype}")
+    if architecture.tied_embeddings:
+        known.add("lm_head.weight")  # a copy of the embedding that some tools write
+    unknown = sorted(name for name in names - known if not name.endswith(_IGNORED))
+    if unknown:
+        raise CptainError(f"{reader.folder}: {unknown[0]}: a tensor that {len(known)} known ones do not include")
+
+
+def _megatron_args(architecture: Architecture) -> argparse.Namespace:
+    """The args that Megatron compares with its own when it loads, and restores under --use-checkpoint-args."""
+    return argparse.Namespace(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        max_position_embeddings=architecture.max_position_embeddings,
+        position_embedding_type="rope",
+        add_position_embedding=True,
+        use_rotary_position_embeddings=True,
+        rotary_base=int(architecture.rotary_base),
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        use_rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        swiglu=True,
+        squared_relu=False,
+        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
+        normalization="RMSNorm",
+        norm_epsilon=architecture.norm_epsilon,
+        apply_layernorm_1p=False,
+        apply_query_key_layer_scaling=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        vocab_size=architecture.vocab_size,
+        padded_vocab_size=architecture.vocab_size,
+        ckpt_format="torch_dist",
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        data_parallel_random_init=False,
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        skipped_train_samples=0,
+        iteration=0,
+    )
+
+
+def _write(reader: SafetensorsReader, architecture: Architecture, writer: TorchDistWriter, progress: Progress) -> None:
+    """Every tensor of the model, one rule's part of one layer at a time."""
+    for rule, layer in model_order(architecture):
+        shape = rule.megatron_shape(architecture)
+        names = rule.hf_names(layer)
+        if rule.layered:
+            parts = [reader.read(name) for name in names]
+            for row, piece in rule.layout.pieces(parts, architecture):
+                writer.write_chunk(rule.key, shape, (layer, row, *(0,) * (len(shape) - 2)), piece.unsqueeze(0))
+            progress.advance(sum(part.nbytes for part in parts), names[0])
+        else:
+            for first, stop in row_ranges(shape, reader.dtype(names[0])):
+                piece = reader.read(names[0], first, stop)
+                writer.write_chunk(rule.key, shape, (first, *(0,) * (len(shape) - 1)), piece)
+                progress.advance(piece.nbytes, names[0])
+    layers = architecture.num_layers
+    for key in LAYER_EXTRA_STATES:
+        for layer in range(layers):
+            writer.write_object(key, layer, layers, None)
+    for key in FINAL_EXTRA_STATES:
+        writer.write_object(key, 0, 1, None)
+
+
+def convert(run: RunFile, force: bool = False) -> Path:
+    """Convert the run's Hugging Face model, unless that is done.
+
+    Args:
+        run: the run.
+        force: convert again.
+
+    Returns:
+        The checkpoint's root, whose `release` is complete.
+
+    Raises:
+        CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json.
+    """
+    folder, root = model_folder(run.model.hf), run.megatron_folder
+    architecture = read_architecture(folder)
+    with SafetensorsReader(folder) as reader:
+        check_tensors(reader, architecture)
+        source = _source(folder, reader)
+        if not force and _is_done(root, source):
+            print(f"convert: {root / RELEASE} is done and the model unchanged", file=sys.stderr)
+            return root
+        began = time.monotonic()
+        with Progress("convert", reader.bytes, "B") as progress, atomic_folder(root / RELEASE) as partial:
+            writer = TorchDistWriter(partial)
+            _write(reader, architecture, writer, progress)
+            record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
+            (partial / _SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            common = {
+                "args": _megatron_args(architecture),
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+                "num_floating_point_operations_so_far": 0,
+            }
+            writer.finish(common)
+        write_tracker(root, None)
+        print(
+            f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {root / RELEASE}",
+            file=sys.stderr,
+        )
+    return root

@@ -1,0 +1,173 @@
+"""Real forward passes of both sides on the same tokens, in fp32 on the CPU: transformers' model and megatron.core's
+GPTModel.
+
+Each side runs in a process of its own: the CPU's answers for CUDA, which Megatron needs, must not reach transformers,
+and memory goes back when a side is done.
+"""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cptain.architecture import Architecture
+from cptain.errors import CptainError, one_line
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog, and then it does so again: 0123456789.",
+    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "E = mc², π ≈ 3.14159, «naïve café» – ½ ÷ ∞ 🙂",
+)
+_LONGEST = 128  # tokens of a prompt
+
+Logits = list[npt.NDArray[np.float32]]
+
+
+def prompt_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
+    """The fixed prompts as the tokenizer in `folder` encodes them; fixed random ids where there is none."""
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        from cptain.data.tokenizer import Tokenizer
+
+        return [ids[:_LONGEST] for ids in Tokenizer(str(folder)).encode(list(PROMPTS))]
+    random = np.random.default_rng(0)
+    return [random.integers(0, vocab_size, 64).tolist() for _ in PROMPTS]
+
+
+def _transformers(folder: str, prompts: list[list[int]]) -> Logits:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+
+
+def _megatron(folder: str, architecture: Architecture, prompts: list[list[int]]) -> Logits:
+    from cptain.training.megatron_import import before_import, import_megatron
+
+    before_import(cpu=True)
+    import torch
+
+    import_megatron(cpu=True)
+    from cptain.training.cpu import CudaToCpu
+
+    with CudaToCpu(), torch.no_grad():
+        model = _gpt_model(architecture)
+        from megatron.core import dist_checkpointing
+
+        state: dict[str, Any] = {"model": model.sharded_state_dict(metadata={})}
+        model.load_state_dict(dist_checkpointing.load(state, folder)["model"])
+        results = []
+        for ids in prompts:
+            tokens = torch.tensor([ids])
+            positions = torch.arange(len(ids))[None]
+            mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).triu(1)
+            results.append(model(tokens, positions, mask)[0, :, : architecture.vocab_size].float().numpy())
+    torch.distributed.destroy_process_group()
+    return results
+
+
+def _gpt_model(architecture: Architecture) -> Any:
+    """megatron.core's model of one process, in fp32, without weights."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    config = TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=architecture.max_position_embeddings,
+        parallel_output=False,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rotary_base),
+        rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+    ).eval()
+
+
+def _run(connection: Any, function: Callable[..., Logits], arguments: tuple[Any, ...]) -> None:
+    """In the process of one side: send its logits, or why there are none. What libraries print is dropped."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        connection.send(function(*arguments))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {one_line(error)}")
+
+
+def _in_process(side: str, function: Callable[..., Logits], *arguments: Any) -> Logits:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    process = context.Process(target=_run, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        result: Logits | str = ours.recv()
+        process.join()
+    except EOFError:
+        result = "its process died (out of memory?)"
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(result, str):
+        raise CptainError(f"--logits: {side}: {result}")
+    return result
+
+
+def hf_logits(folder: Path, prompts: list[list[int]]) -> Logits:
+    """Logits [tokens, vocabulary] of each prompt by transformers' model in `folder`.
+
+    Raises:
+        CptainError: the model cannot be loaded or run.
+    """
+    return _in_process(str(folder), _transformers, str(folder), prompts)
+
+
+def megatron_logits(folder: Path, architecture: Architecture, prompts: list[list[int]]) -> Logits:
+    """Logits [tokens, vocabulary] of each prompt by megatron.core's GPTModel, which loads the torch_dist checkpoint
+    itself.
+
+    Raises:
+        CptainError: Megatron is not installed, or cannot load or run the checkpoint.
+    """
+    return _in_process(str(folder), _megatron, str(folder), architecture, prompts)

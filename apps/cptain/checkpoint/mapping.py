@@ -1,0 +1,178 @@
+"""Which Hugging Face tensors make which Megatron tensor, as a table.
+
+Megatron stacks the layers of a decoder into one tensor on disk: a rule whose names hold `{layer}` has one Megatron
+tensor [layers, …]. The local and the Transformer Engine layer specs write the same keys. No rotary permutation: both
+sides rotate halves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cptain.architecture import Architecture
+
+Shape = tuple[int, ...]
+_PIECE_BYTES = 256 << 20
+
+
+class Layout(Protocol):
+    """How the Hugging Face tensors of a rule lie in the rows of the Megatron tensor."""
+
+    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
+        """The Megatron tensor of one layer, as (first row, rows) pieces."""
+        ...
+
+    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
+        """The Hugging Face tensors in the Megatron tensor of one layer; the inverse of `pieces`."""
+        ...
+
+
+class _Stacked:
+    """One tensor after another: the gate's rows, then the up projection's; or a single tensor as it is."""
+
+    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
+        rows = [0]
+        for part in parts:
+            rows.append(rows[-1] + part.shape[0])
+        return list(zip(rows, parts, strict=False))
+
+    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
+        return list(tensor.split([shape[0] for shape in shapes]))
+
+
+class _QueryGroups:
+    """q, k and v interleaved by query group: its query heads, then its key head, then its value head."""
+
+    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
+        groups = architecture.num_query_groups
+        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+        return [(0, torch.cat(grouped, dim=1).flatten(0, 1))]
+
+    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
+        groups = architecture.num_query_groups
+        grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
+        return [
+            part.reshape(shape)
+            for part, shape in zip(grouped.split([shape[0] // groups for shape in shapes], dim=1), shapes, strict=True)
+        ]
+
+
+STACKED, QUERY_GROUPS = _Stacked(), _QueryGroups()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor and what it is made of.
+
+    Attributes:
+        key: Megatron's key on disk.
+        hf: Hugging Face names, with `{layer}` in a decoder layer's, and the names of their dimensions.
+        layout: how the latter lie in the former.
+    """
+
+    key: str
+    hf: tuple[tuple[str, tuple[str, ...]], ...]
+    layout: Layout = STACKED
+
+    @property
+    def layered(self) -> bool:
+        """Whether the tensor is stacked over the decoder's layers."""
+        return "{layer}" in self.hf[0][0]
+
+    def layers(self, architecture: Architecture) -> range:
+        """Layers to go through; a single one for a tensor outside the decoder's layers."""
+        return range(architecture.num_layers if self.layered else 1)
+
+    def hf_names(self, layer: int) -> list[str]:
+        """The Hugging Face names of one layer."""
+        return [name.format(layer=layer) for name, _ in self.hf]
+
+    def hf_shapes(self, architecture: Architecture) -> list[Shape]:
+        """The shapes of the Hugging Face tensors."""
+        sizes = _sizes(architecture)
+        return [tuple(sizes[dimension] for dimension in dimensions) for _, dimensions in self.hf]
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        """The shape of the whole Megatron tensor, its vocabulary unpadded."""
+        shapes = self.hf_shapes(architecture)
+        one_layer = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (architecture.num_layers, *one_layer) if self.layered else one_layer
+
+    @property
+    def has_vocabulary_rows(self) -> bool:
+        """Whether Megatron pads its rows to a multiple of the tensor-parallel size."""
+        return self.hf[0][1][0] == "vocabulary"
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    return {
+        "vocabulary": architecture.vocab_size,
+        "hidden": architecture.hidden_size,
+        "ffn": architecture.ffn_hidden_size,
+        "queries": architecture.num_attention_heads * architecture.kv_channels,
+        "keys": architecture.num_query_groups * architecture.kv_channels,
+    }
+
+
+_ATTENTION, _MLP = "decoder.layers.self_attention", "decoder.layers.mlp"
+_HF = "model.layers.{layer}"
+_EMBEDDING = Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocabulary", "hidden")),))
+_OUTPUT = Rule("output_layer.weight", (("lm_head.weight", ("vocabulary", "hidden")),))
+_LLAMA = (
+    Rule(f"{_ATTENTION}.linear_qkv.layer_norm_weight", ((f"{_HF}.input_layernorm.weight", ("hidden",)),)),
+    Rule(
+        f"{_ATTENTION}.linear_qkv.weight",
+        (
+            (f"{_HF}.self_attn.q_proj.weight", ("queries", "hidden")),
+            (f"{_HF}.self_attn.k_proj.weight", ("keys", "hidden")),
+            (f"{_HF}.self_attn.v_proj.weight", ("keys", "hidden")),
+        ),
+        QUERY_GROUPS,
+    ),
+    Rule(f"{_ATTENTION}.linear_proj.weight", ((f"{_HF}.self_attn.o_proj.weight", ("hidden", "queries")),)),
+    Rule(f"{_MLP}.linear_fc1.layer_norm_weight", ((f"{_HF}.post_attention_layernorm.weight", ("hidden",)),)),
+    Rule(
+        f"{_MLP}.linear_fc1.weight",
+        ((f"{_HF}.mlp.gate_proj.weight", ("ffn", "hidden")), (f"{_HF}.mlp.up_proj.weight", ("ffn", "hidden"))),
+    ),
+    Rule(f"{_MLP}.linear_fc2.weight", ((f"{_HF}.mlp.down_proj.weight", ("hidden", "ffn")),)),
+)
+_FINAL_NORM = Rule("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),))
+
+# Entries that Transformer Engine layers ask for when they load. They hold nothing for bf16; what no layer asks for is
+# ignored.
+LAYER_EXTRA_STATES = (
+    f"{_ATTENTION}.linear_qkv._extra_state",
+    f"{_ATTENTION}.linear_proj._extra_state",
+    f"{_ATTENTION}.core_attention._extra_state",
+    f"{_MLP}.linear_fc1._extra_state",
+    f"{_MLP}.linear_fc2._extra_state",
+)
+FINAL_EXTRA_STATES = ("decoder.final_layernorm._extra_state",)
+
+
+def rules(architecture: Architecture) -> tuple[Rule, ...]:
+    """The rules of an architecture, in the order of a forward pass."""
+    return (_EMBEDDING, *_LLAMA, _FINAL_NORM, *(() if architecture.tied_embeddings else (_OUTPUT,)))
+
+
+def model_order(architecture: Architecture) -> Iterator[tuple[Rule, int]]:
+    """Every rule with every layer it applies to, in the order of a forward pass: a layer's tensors lie together."""
+    layered = [rule for rule in rules(architecture) if rule.layered]
+    yield _EMBEDDING, 0
+    for layer in range(architecture.num_layers):
+        for rule in layered:
+            yield rule, layer
+    for rule in rules(architecture):
+        if not rule.layered and rule is not _EMBEDDING:
+            yield rule, 0
+
+
+def row_ranges(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Rows (first, stop) of a tensor of `shape` in pieces of at most 256 MB: an embedding may be gigabytes."""
+    row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])

@@ -1,0 +1,213 @@
+"""safetensors files of a Hugging Face model's folder, read and written one tensor at a time.
+
+The format: u64 length of a JSON header, the header {name: {dtype, shape, data_offsets: [begin, end]}}, then the data,
+which the offsets count from. A memory map would count every page read as this process's memory; plain reads keep it at
+the tensor in hand. Nothing a header says is believed before it is checked against the file's size.
+"""
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cptain.checkpoint.folder_files import FolderFiles
+from cptain.errors import CptainError, one_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    offset: int
+    bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """The tensors of one file. Raises CptainError where the header and the file do not agree."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            if length > min(_LONGEST_HEADER, size - 8):
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(raw.read(length))
+        entries, expected = {}, 0
+        for name, value in sorted(
+            ((name, value) for name, value in header.items() if name != "__metadata__"),
+            key=lambda item: item[1]["data_offsets"][0],
+        ):
+            begin, end = value["data_offsets"]
+            shape = tuple(int(extent) for extent in value["shape"])
+            if value["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is {value['dtype']}, supported: {', '.join(DTYPES)}")
+            dtype = DTYPES[value["dtype"]]
+            if (
+                min(shape, default=0) < 0
+                or begin != expected
+                or end - begin != torch.Size(shape).numel() * dtype.itemsize
+            ):
+                raise ValueError(f"{name} has offsets {begin} to {end} for the shape {list(shape)}")
+            entries[name] = _Entry(file, 8 + length + begin, end - begin, dtype, shape)
+            expected = end
+        if 8 + length + expected > size:
+            raise ValueError(f"truncated: {size} bytes where its header needs {8 + length + expected}")
+        return entries
+    except FileNotFoundError:
+        raise CptainError(f"{file}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CptainError(f"{file}: not a valid safetensors file: {one_line(error)}") from error
+
+
+class SafetensorsReader(FolderFiles):
+    """The tensors of a folder with model.safetensors, or with an index and the shards that it names.
+
+    Raises:
+        CptainError: no weights, a shard missing or damaged, or a tensor not where the index has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._entries: dict[str, _Entry] = {}
+        index = folder / INDEX
+        if index.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                shards = sorted(set(weight_map.values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CptainError(f"{index}: cannot be read: {one_line(error)}") from error
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise CptainError(f"{index}: {shard}: a shard must lie beside its index")
+                if not (folder / shard).is_file():
+                    raise CptainError(f"{folder / shard}: missing, and {INDEX} names it")
+                self._entries.update(_read_header(folder / shard))
+            if absent := sorted(set(weight_map) - set(self._entries)):
+                raise CptainError(f"{index}: names {absent[0]}, which is not in {weight_map[absent[0]]}")
+        elif (folder / SINGLE).is_file():
+            self._entries = _read_header(folder / SINGLE)
+        else:
+            raise CptainError(f"{folder}: no {SINGLE} and no {INDEX} in it")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.bytes for entry in self._entries.values())
+
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+        return self._entries[name].dtype
+
+    def read(self, name: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `first` to `stop` of a tensor, in memory of their own."""
+        entry = self._entries[name]
+        rows = entry.shape[0]
+        stop = rows if stop is None else stop
+        row_bytes = entry.bytes // rows if rows else 0
+        buffer = torch.empty((stop - first) * row_bytes, dtype=torch.uint8)
+        self.read_into(buffer, entry.file.name, entry.offset + first * row_bytes)
+        return buffer.view(entry.dtype).reshape(stop - first, *entry.shape[1:])
+
+
+class SafetensorsWriter:
+    """Writes a folder of shards and their index; every tensor's shape is known ahead, so headers come first and data
+    streams.
+
+    Args:
+        folder: an existing folder.
+        tensors: names and shapes, in the order in which `write` will get them.
+        dtype: of all of them.
+        shard_bytes: a shard is closed before it grows over this; 5 GB is what transformers itself uses.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype,
+        shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        self.folder, self.dtype = folder, dtype
+        shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
+        filled = 0
+        for name, shape in tensors:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, shape, size))
+            filled += size
+        self._shards = [
+            (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors", members)
+            for number, members in enumerate(shards, start=1)
+        ]
+        self._pending = [(name, shape, shard) for shard, members in self._shards for name, shape, _ in members]
+        self._open: tuple[str, Any] | None = None
+
+    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor, given as consecutive rows."""
+        expected, shape, shard = self._pending.pop(0)
+        if name != expected:
+            raise ValueError(f"{name} was written where {expected} was due")
+        if self._open is None or self._open[0] != shard:
+            self._begin(shard)
+        assert self._open is not None
+        rows = 0
+        for piece in pieces:
+            if tuple(piece.shape[1:]) != shape[1:] or piece.dtype != self.dtype:
+                raise ValueError(f"{name}: a piece of {tuple(piece.shape)} {piece.dtype} for {shape} {self.dtype}")
+            rows += piece.shape[0]
+            self._open[1].write(memoryview(piece.contiguous().view(torch.uint8).flatten().numpy()))
+        if rows != shape[0]:
+            raise ValueError(f"{name}: {rows} rows written, {shape[0]} due")
+
+    def _begin(self, shard: str) -> None:
+        self._close()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape, size in dict(self._shards)[shard]:
+            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8 bytes
+        file = open(self.folder / shard, "wb", buffering=1 << 20)  # noqa: SIM115 closed by _close
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        self._open = (shard, file)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def finish(self) -> None:
+        """Close the last shard and write the index, for a single shard too: a loader then finds one layout, not two."""
+        self._close()
+        if self._pending:
+            raise ValueError(f"{self._pending[0][0]} was never written")
+        total = sum(size for _, members in self._shards for _, _, size in members)
+        weight_map = {name: shard for shard, members in self._shards for name, _, _ in members}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,199 @@
+"""The commands. Thin: options in, one function called, errors printed once.
+
+Nothing heavy is imported before a command needs it: `cptain --help` answers at once.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from cptain import __version__
+from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def _status_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and the lines for people."""
+    if isinstance(error, Interrupted):
+        return RESUMABLE, f"stopped by {error.signal_name}; the same command continues"
+    if isinstance(error, CptainError):
+        return error.exit_status, str(error)
+    if isinstance(error, OSError):
+        return FAILED, (f"{error.filename}: " if error.filename else "") + (error.strerror or one_line(error))
+    if isinstance(error, MemoryError):
+        return FAILED, "out of memory"
+    return FAILED, f"{type(error).__name__}: {one_line(error)} (a defect of cptain: --debug shows where)"
+
+
+class _Commands(click.Group):
+    """Runs a command with the house's exit statuses: one line on stderr, a traceback only with --debug."""
+
+    def invoke(self, context: click.Context) -> Any:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(context)
+        except (click.exceptions.ClickException, click.exceptions.Exit, click.exceptions.Abort):
+            raise
+        except BrokenPipeError:  # `cptain … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
+        except (Exception, Interrupted) as error:
+            for number in (signal.SIGINT, signal.SIGTERM):  # what is said below is the end
+                signal.signal(number, signal.SIG_IGN)
+            if context.params.get("debug"):
+                traceback.print_exc()
+            status, message = _status_and_message(error)
+        for line in message.splitlines():
+            click.echo(f"cptain: {line}", err=True)
+        sys.exit(status)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cptain")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Continual pre-training of LLMs on HPC clusters: one run file from text and a Hugging Face model to a Hugging Face
+    model.
+
+    \b
+    Exit status: 0 done, 1 failed, 2 bad usage or run file, 75 stopped early and resumable.
+    """
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RUN and --set, which every stage takes."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key of the run file, such as train.lr=2.5e-5. Repeatable.",
+    )(command)
+    return click.argument("run", type=click.Path(path_type=Path))(command)
+
+
+def _force_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--force", is_flag=True, help=f"{what} again what is done.")
+
+
+def _load(file: Path, overrides: tuple[str, ...]) -> Any:
+    """Load the run file of a stage."""
+    from cptain.image import keep_caches_out_of_home, warn_of_another_commit
+    from cptain.run_file import load_run, refuse_sweep
+
+    warn_of_another_commit()
+    run = load_run(file, overrides)
+    keep_caches_out_of_home(run.folder)
+    refuse_sweep(run, file)
+    return run
+
+
+def _begin(stage: str, run: Any) -> Any:
+    """Write the resolved run file and its provenance into the run's folder: the stage begins."""
+    from cptain.atomic import remove_stale_partials
+    from cptain.provenance import write_provenance
+    from cptain.run_file import write_resolved
+
+    remove_stale_partials(run.folder)
+    changes = write_resolved(run)
+    for change in changes if stage == "train" else ():
+        click.echo(f"train: run file changed since the last stage: {change}", err=True)
+    write_provenance(run, stage)
+    return run
+
+
+@main.command()
+@_run_options
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: the cores there are]")
+@_force_option("Tokenize")
+def preprocess(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
+    """Tokenize the text into Megatron's indexed datasets."""
+    from cptain.data.preprocess import preprocess as tokenize
+
+    tokenize(_begin("preprocess", _load(run, overrides)), workers or len(os.sched_getaffinity(0)), force)
+
+
+@main.command()
+@_run_options
+@_force_option("Convert")
+def convert(run: Path, overrides: tuple[str, ...], force: bool) -> None:
+    """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
+    loaded = _begin("convert", _load(run, overrides))
+    from cptain.checkpoint.convert import convert as convert_model
+
+    convert_model(loaded, force)
+
+
+@main.command()
+@_run_options
+@click.option("--dry-run", is_flag=True, help="Print the Megatron command, one flag a line, and stop.")
+@click.option("--cpu", is_flag=True, help="Train on the CPU, over gloo: real, and slow.")
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    help="Processes.  [default: the GPUs there are; with --cpu, as many as hold one copy of the model]",
+)
+def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc_per_node: int | None) -> None:
+    """Train with Megatron-LM on this machine: from the converted checkpoint at first, then from the last one saved."""
+    loaded = _load(run, overrides)
+    from cptain.training.launch import prepare
+    from cptain.training.launch import train as start
+
+    command = prepare(loaded, cpu, nproc_per_node, dry_run)
+    if dry_run:
+        click.echo(command.shown())
+    else:
+        start(_begin("train", loaded), command)
+
+
+class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
+    """A number, or "latest"."""
+
+    name = "N|latest"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
+        if value in (None, "latest"):
+            return None
+        try:
+            if int(value) > 0:
+                return int(value)
+            raise ValueError
+        except ValueError:
+            self.fail(f'{value!r}: allowed: a number, or "latest"', param, context)
+
+
+@main.command()
+@_run_options
+@click.option("--iteration", type=_Iteration(), default="latest", show_default=True, help="Which checkpoint to export.")
+@_force_option("Export")
+def export(run: Path, overrides: tuple[str, ...], iteration: int | None, force: bool) -> None:
+    """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
+    loaded = _begin("export", _load(run, overrides))
+    from cptain.checkpoint.export import export as export_model
+
+    export_model(loaded, iteration, force)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--logits", is_flag=True, help="Compare forward passes on fixed prompts too, in fp32 on the CPU.")
+def verify(a: Path, b: Path, logits: bool) -> None:
+    """Compare two checkpoints tensor by tensor; exit status 1 on a mismatch.
+
+    A and B are each the folder of a Hugging Face model, or of a torch_dist checkpoint (its root means the latest
+    iteration).
+    """
+    from cptain.checkpoint.verify import verify as compare
+
+    compare(a, b, logits)

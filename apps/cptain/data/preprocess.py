@@ -1,0 +1,272 @@
+"""preprocess: input files → one .bin/.idx pair each, as Megatron-LM's tools/preprocess_data.py --append-eod writes
+them.
+
+Files are the unit of work: each is tokenized by one process, and its pair appears only when it is complete. What is
+complete and unchanged is skipped by a later run.
+"""
+
+import glob
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cptain.atomic import atomic_file, remove_stale_partials
+from cptain.data import reader
+from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from cptain.data.manifest import FILE_NAME, Record, read_record, write_manifest, write_record
+from cptain.data.tokenizer import Tokenizer
+from cptain.errors import CptainError, Interrupted
+from cptain.progress import Progress, human
+from cptain.run_file import RunFile
+
+_BATCH = 256  # documents encoded at once
+_WILDCARD = ("*", "?", "[")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One input file to tokenize: its record before the work, with nothing counted yet."""
+
+    record: Record
+    data_folder: Path
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folder of a glob before its first wildcard."""
+    parts = Path(pattern).parts
+    wild = next((place for place, part in enumerate(parts) if any(sign in part for sign in _WILDCARD)), len(parts) - 1)
+    return Path(*parts[:wild])
+
+
+def input_files(patterns: list[str]) -> dict[str, Path]:
+    """The files that the globs match, by the path their pair gets: folders kept below the globs' common folder, suffix
+    cut.
+
+    Raises:
+        CptainError: a glob that matches nothing, or two files with one name for their pairs.
+    """
+    matched: dict[Path, None] = {}
+    for pattern in patterns:
+        files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        wanted = [file for file in files if file.is_file() and file.name.endswith(reader.SUFFIXES)]
+        if not wanted:
+            other = f" ({len(files)} other files)" if files else ""
+            raise CptainError(f"data.input: {pattern} matches no {', '.join(reader.SUFFIXES)} file{other}")
+        matched.update(dict.fromkeys(wanted))
+    root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in patterns]))
+    by_name: dict[str, Path] = {}
+    for file in sorted(matched):
+        name = str(file.relative_to(root).with_name(reader.stem(file)))
+        if name in by_name:
+            raise CptainError(f"data.input: {by_name[name]} and {file} would both become {name}: rename one")
+        by_name[name] = file
+    return by_name
+
+
+def _tasks(run: RunFile, tokenizer: Tokenizer) -> list[_Task]:
+    tasks = []
+    for name, file in input_files(run.data.input).items():
+        stat = file.stat()
+        record = Record(
+            input=str(file),
+            prefix=f"{name}_{run.data.key}_document",
+            bytes=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            key=run.data.key,
+            on_error=run.data.on_error,
+            tokenizer=tokenizer.hash,
+            documents=0,
+            tokens=0,
+            skipped=0,
+            bin_bytes=0,
+            idx_bytes=0,
+        )
+        tasks.append(_Task(record, run.data_folder))
+    return tasks
+
+
+def _batches(file: Path, key: str, read: Callable[[int], None]) -> Iterator[list[reader.Document]]:
+    """Documents, `_BATCH` at a time; `read` is told the bytes of the file read for each batch."""
+    batch, bytes_read = [], 0
+    for document, size in reader.documents(file, key):
+        batch.append(document)
+        bytes_read += size
+        if len(batch) == _BATCH:
+            yield batch
+            read(bytes_read)
+            batch, bytes_read = [], 0
+    if batch:
+        yield batch
+        read(bytes_read)
+
+
+def tokenize_file(task: _Task, tokenizer: Tokenizer, read: Callable[[int], None]) -> Record:
+    """Tokenize one input file into its pair.
+
+    Args:
+        task: the file and where its pair goes.
+        tokenizer: what encodes it.
+        read: told the bytes of the input file that were read since it was last called.
+
+    Returns:
+        The file's record, already on disk.
+
+    Raises:
+        CptainError: a file that cannot be read, or a bad line where `on_error` is "fail"; no pair appears then.
+    """
+    record, file = task.record, Path(task.record.input)
+    pair = task.data_folder / record.prefix
+    skipped_file = Path(f"{pair}.skipped.jsonl")
+    pair.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(pair.parent)
+    skipped = []
+    with atomic_file(Path(f"{pair}.idx")) as idx_partial, atomic_file(Path(f"{pair}.bin")) as bin_partial:
+        writer = IndexedDatasetWriter(bin_partial, token_dtype(tokenizer.vocab_size))
+        try:
+            for batch in _batches(file, record.key, read):
+                for bad in (document for document in batch if document.text is None):
+                    if record.on_error == "fail":
+                        raise CptainError(f'{file}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
+                    skipped.append(
+                        {"line": bad.line, "reason": bad.reason, "raw": bad.raw.decode("utf-8", "backslashreplace")}
+                    )
+                texts = [document.text for document in batch if document.text is not None]
+                for ids in tokenizer.encode(texts) if texts else []:
+                    writer.add([*ids, tokenizer.eod] if ids else [])
+            writer.write_index(idx_partial)
+        finally:
+            writer.close()
+    if skipped:
+        with atomic_file(skipped_file) as partial:
+            partial.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped), encoding="utf-8"
+            )
+    else:
+        skipped_file.unlink(missing_ok=True)
+    done = replace(
+        record,
+        documents=writer.documents,
+        tokens=writer.tokens,
+        skipped=len(skipped),
+        bin_bytes=Path(f"{pair}.bin").stat().st_size,
+        idx_bytes=Path(f"{pair}.idx").stat().st_size,
+    )
+    write_record(task.data_folder, done)
+    return done
+
+
+# Of a worker process. The first two come with the fork, so that the tokenizer is loaded once.
+_tokenizer: Tokenizer
+_queue: Any
+_working = _stopping = False
+
+
+def _worker(task: _Task) -> Record:
+    if _stopping:
+        raise Interrupted("SIGTERM")  # the pool hands out work it has queued even after a task was interrupted
+    global _working
+    _working = True
+    try:
+        return tokenize_file(task, _tokenizer, _queue.put)
+    finally:
+        _working = False
+
+
+def _stop(*_: object) -> None:
+    global _stopping
+    _stopping = True
+    if _working:  # between two tasks there is nothing to clean up, and the pool ends the process itself
+        raise Interrupted("SIGTERM")
+
+
+def _worker_signals() -> None:
+    """Ctrl-C is the parent's to handle; SIGTERM is the parent's word to stop, and cleans up on the way out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _parallel(tasks: list[_Task], tokenizer: Tokenizer, workers: int, progress: Progress) -> Iterator[Record]:
+    """Tokenize in `workers` processes, biggest file first, and yield records as files are done."""
+    global _tokenizer, _queue
+    context = multiprocessing.get_context("fork")
+    _tokenizer, _queue = tokenizer, context.SimpleQueue()
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker_signals)
+    pending: set[Future[Record]] = set()
+    try:
+        pending = {
+            executor.submit(_worker, task) for task in sorted(tasks, key=lambda task: task.record.bytes, reverse=True)
+        }
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not _queue.empty():
+                progress.advance(_queue.get())
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise CptainError(
+            "a preprocess worker died (killed, or out of memory): run it again, with fewer --workers"
+        ) from None
+    finally:
+        for process in list((executor._processes or {}).values()) if pending else []:
+            process.terminate()
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def preprocess(run: RunFile, workers: int, force: bool = False) -> list[Record]:
+    """Tokenize every input file of the run that is not done, and write manifest.json.
+
+    Args:
+        run: the run.
+        workers: processes; no more than there are files to do.
+        force: redo what is done.
+
+    Returns:
+        The records of all files, in the order of their pairs' names.
+
+    Raises:
+        CptainError: see `input_files` and `tokenize_file`.
+    """
+    tokenizer = Tokenizer(run.tokenizer)
+    tasks = _tasks(run, tokenizer)
+    done, todo = [], []
+    for task in tasks:
+        record = None if force else read_record(run.data_folder, task.record.prefix)
+        if record and record.same_input(task.record) and not record.missing_output(run.data_folder):
+            done.append(record)
+        else:
+            todo.append(task)
+    if done:
+        print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
+    if todo:
+        (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+        total = sum(task.record.bytes for task in tasks)
+        with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
+            workers = min(workers, len(todo))
+            if workers == 1:
+                for task in todo:
+                    done.append(tokenize_file(task, tokenizer, progress.advance))
+            else:
+                done.extend(_parallel(todo, tokenizer, workers, progress))
+    done.sort(key=lambda record: record.prefix)
+    for record in done:
+        if not record.documents:
+            print(f"preprocess: {record.input}: no document in it", file=sys.stderr)
+    if not any(record.tokens for record in done):
+        raise CptainError("data.input: no document in any file: there is nothing to train on")
+    write_manifest(run.data_folder, done, run.data.input)
+    documents, tokens = sum(record.documents for record in done), sum(record.tokens for record in done)
+    skipped, total_tokens = sum(record.skipped for record in done), f"{tokens} tokens ({human(tokens)})"
+    print(
+        f"preprocess: {len(done)} files, {documents} documents, {total_tokens}, {skipped} bad lines skipped"
+        f" → {run.data_folder}",
+        file=sys.stderr,
+    )
+    return done

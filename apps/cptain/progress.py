@@ -1,0 +1,94 @@
+"""Progress on stderr: a bar on a terminal, one line every 30 seconds in a batch log.
+
+A batch log keeps every carriage return as rubbish, and a job that prints nothing for an hour looks dead; hence the two
+forms.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def human(number: float) -> str:
+    """`number` with three digits and a decimal prefix: 1234567 is "1.23M"."""
+    for scale, prefix in _SCALES:
+        if abs(number) >= scale:
+            return f"{number / scale:.3g}{prefix}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Whole seconds as H:MM:SS, or M:SS under an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Progress:
+    """Counts `total` units of work.
+
+    Args:
+        label: what is being done, the first word of every line.
+        total: units in all, those already done included.
+        unit: "B" for bytes, or a word such as "step".
+        done: units done before this process began.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.note = ""
+        self._first, self._began = done, time.monotonic()
+        self._last_line = self._began
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=label,
+                total=total,
+                initial=done,
+                unit=unit,
+                unit_scale=unit == "B",
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Count `units` more; `note` is shown behind the figures (the file in hand, the loss)."""
+        self.done += units
+        self.note = note or self.note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.note, refresh=False)
+            self._bar.update(units)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(self._line())
+
+    def say(self, line: str) -> None:
+        """Print a line of its own without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        speed = (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        left = duration((self.total - self.done) / speed) if speed > 0 else "?"
+        if self.unit == "B":
+            figures = f"{human(self.done)}B of {human(self.total)}B, {human(speed)}B/s"
+        else:
+            figures = f"{self.unit} {self.done} of {self.total}"
+        return f"{self.label}: {figures}, {left} left" + (f"  {self.note}" if self.note else "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,1 @@
+"""The Megatron command, its launch, its entry point and its log."""

@@ -1,0 +1,168 @@
+"""Answers for CUDA on the CPU, so that Megatron's own training loop runs where there is no GPU.
+
+Megatron asks CUDA for devices, streams, events and random states on nearly every path. Here the calls it makes are
+answered by the CPU: `install` replaces the functions of torch.cuda, and `CudaToCpu`, a TorchFunctionMode, rewrites
+device arguments. The arithmetic is real; nothing here is for speed. Call `install` before the first import of Megatron,
+in a process that does nothing else.
+"""
+
+import collections
+import contextlib
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+import torch._dynamo  # builds tables from torch.cuda when it is imported: it must come before the replacements
+from torch.overrides import TorchFunctionMode
+
+_TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, (str, torch.device)):
+        return str(device).startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class CudaToCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Turns every request for a CUDA device, or for pinned memory, into one for the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if isinstance(a, (str, torch.device)) and _is_cuda(a) else a for a in args)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)  # Megatron compares type names
+        if func is torch.Tensor.is_cuda.__get__:
+            return True
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream, or an event, that has always finished."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def elapsed_time(self, other: Any) -> float:
+        return 1.0
+
+    def query(self) -> bool:
+        return True
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def install() -> None:
+    """Replace what Megatron calls of torch.cuda."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    properties = types.SimpleNamespace(
+        major=0, minor=0, multi_processor_count=1, total_memory=_memory(), name="CPU", uuid="cpu"
+    )
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        "current_device": lambda: "cpu",
+        "get_device_properties": lambda *args: properties,
+        "get_device_capability": lambda *args: (0, 0),
+        "get_device_name": lambda *args: "CPU",
+        "get_rng_state": _random_state,
+        "memory_stats": lambda *args, **kwargs: collections.defaultdict(int),
+        "mem_get_info": lambda *args: (_memory(), _memory()),
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "stream": lambda *args: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "nvtx": types.SimpleNamespace(
+            range_push=_nothing, range_pop=_nothing, range=lambda *args, **kwargs: contextlib.nullcontext()
+        ),
+    }
+    answers |= dict.fromkeys(
+        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), lambda *args: 0
+    )
+    answers |= dict.fromkeys(
+        (
+            "_lazy_init",
+            "empty_cache",
+            "manual_seed",
+            "manual_seed_all",
+            "reset_peak_memory_stats",
+            "seed",
+            "set_device",
+            "set_rng_state",
+            "set_stream",
+            "synchronize",
+        ),
+        _nothing,
+    )
+    for kind in (
+        "FloatTensor",
+        "DoubleTensor",
+        "IntTensor",
+        "LongTensor",
+        "ByteTensor",
+        "BFloat16Tensor",
+        "HalfTensor",
+    ):
+        answers[kind] = getattr(torch, kind)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+    torch.compile = lambda function=None, **kwargs: function if callable(function) else lambda inner: inner
+    if not hasattr(torch._C, "_cuda_attach_out_of_memory_observer"):
+        torch._C._cuda_attach_out_of_memory_observer = _nothing
+    if importlib.util.find_spec("triton") is None:
+        # From 0.19 on, Megatron's GPT imports these mixture-of-experts kernels, which a dense model never calls, with
+        # no guard.
+        kernels = types.ModuleType(_TRITON_KERNELS)
+        setattr(kernels, "__getattr__", lambda name: None)  # noqa: B010 a module's own, which a type checker denies
+        sys.modules[_TRITON_KERNELS] = kernels
+    init_process_group = torch.distributed.init_process_group
+
+    def without_device(*args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)
+        init_process_group(*args, **kwargs)
+
+    torch.distributed.init_process_group = without_device
+
+
+def install_in_megatron() -> None:
+    """Replace Megatron's CUDA random state tracker, which has no meaning here: nothing on this path drops out."""
+    from megatron.core.tensor_parallel import random
+
+    random.CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
+    random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.__setitem__(name, torch.get_rng_state())
+    random._set_cuda_rng_state = _nothing
+    random._get_cuda_rng_state = _random_state
+    with contextlib.suppress(ImportError):  # up to 0.16: fused kernels that are compiled with nvcc
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = _nothing

@@ -1,0 +1,269 @@
+"""Megatron's arguments, built from the run file and the model's config.json.
+
+Only flags that the lab's fork (core 0.13.1), upstream releases and PyPI's megatron-core all know. Nothing of the
+architecture is left to --use-checkpoint-args: Megatron never restores norm_epsilon and the rope scaling from a
+checkpoint.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+from cptain.architecture import Architecture
+from cptain.data.manifest import Record
+from cptain.data.tokenizer import tokenizer_hash
+from cptain.errors import CptainError
+from cptain.run_file import RunFile
+from cptain.training.memory import choose_recompute
+
+Flags = list[tuple[str, ...]]
+
+
+def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> None:
+    """Refuse sizes that do not divide one another, naming both.
+
+    Args:
+        run: the run.
+        architecture: the model's.
+        processes: of all nodes together.
+
+    Raises:
+        CptainError: exit status 2.
+    """
+    parallel, train = run.parallel, run.train
+    data_parallel = processes // parallel.model_size
+    rules = (
+        (
+            "tensor × pipeline × context",
+            parallel.model_size,
+            "processes",
+            processes,
+            "a GPU, or a CPU process, is one process",
+        ),
+        ("parallel.pipeline", parallel.pipeline, "layers", architecture.num_layers, ""),
+        ("parallel.tensor", parallel.tensor, "attention heads", architecture.num_attention_heads, ""),
+        ("parallel.tensor", parallel.tensor, "key and value heads", architecture.num_query_groups, ""),
+        ("parallel.tensor", parallel.tensor, "MLP channels", architecture.ffn_hidden_size, ""),
+        (
+            "micro_batch_size × data-parallel size",
+            train.micro_batch_size * max(1, data_parallel),
+            "sequences of train.global_batch_size",
+            train.global_batch_size,
+            f"micro_batch_size = {train.micro_batch_size}, {data_parallel} copies of the model",
+        ),
+        ("2 × parallel.context", 2 * parallel.context, "tokens of train.seq_length", train.seq_length, "")
+        if parallel.context > 1
+        else ("", 1, "", 1, ""),
+        ("parallel.tensor", parallel.tensor, "tokens of train.seq_length", train.seq_length, ""),
+    )
+    for divisor_name, divisor, name, number, why in rules:
+        if number % divisor:
+            raise CptainError(
+                f"{divisor_name} = {divisor} does not divide the {number} {name}" + (f" ({why})" if why else ""), 2
+            )
+    if train.seq_length > architecture.max_position_embeddings:
+        raise CptainError(
+            f"train.seq_length = {train.seq_length}: the model's config.json allows at most "
+            f"{architecture.max_position_embeddings} (max_position_embeddings)",
+            2,
+        )
+
+
+def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path) -> None:
+    """Refuse data that another tokenizer made.
+
+    Raises:
+        CptainError: the manifest's tokenizer is not the run's.
+    """
+    wanted = tokenizer_hash(tokenizer_folder)
+    for record in records:
+        if record.tokenizer != wanted:
+            raise CptainError(
+                f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
+                "run preprocess again"
+            )
+
+
+def train_steps(run: RunFile, records: list[Record]) -> int:
+    """Optimizer steps in all: as given, or from tokens or epochs, rounded up.
+
+    Raises:
+        CptainError: warm-up longer than the training.
+    """
+    train = run.train
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        tokens, given = float(train.tokens), f"tokens = {train.tokens}"
+    else:
+        weights = [float(part) for part in run.data.split.split(",")]
+        assert train.epochs is not None
+        tokens = train.epochs * sum(record.tokens for record in records) * weights[0] / sum(weights)
+        given = f"epochs = {train.epochs:g}"
+    steps = max(1, math.ceil(tokens / train.tokens_per_step))
+    if train.warmup_steps >= steps:
+        raise CptainError(f"train.warmup_steps = {train.warmup_steps}: {given} is {steps} steps, and must be more", 2)
+    return steps
+
+
+def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Flags:
+    if architecture.rotary_base != int(architecture.rotary_base):
+        raise CptainError(f"config.json: rope_theta = {architecture.rotary_base}: Megatron takes whole numbers only")
+    padded = architecture.padded_vocab_size(tensor_parallel)
+    flags: Flags = [
+        ("--num-layers", str(architecture.num_layers)),
+        ("--hidden-size", str(architecture.hidden_size)),
+        ("--ffn-hidden-size", str(architecture.ffn_hidden_size)),
+        ("--num-attention-heads", str(architecture.num_attention_heads)),
+        ("--group-query-attention",),
+        ("--num-query-groups", str(architecture.num_query_groups)),
+        ("--kv-channels", str(architecture.kv_channels)),
+        ("--max-position-embeddings", str(architecture.max_position_embeddings)),
+        # Megatron pads the tokenizer's size to a multiple of this × tensor parallel size; as large as the model's own
+        # embedding, it always gives that, also where the tokenizer is smaller (Megatron would cut the embedding without
+        # a word).
+        ("--make-vocab-size-divisible-by", str(padded // tensor_parallel)),
+        ("--position-embedding-type", "rope"),
+        ("--rotary-base", str(int(architecture.rotary_base))),
+        ("--rotary-percent", "1.0"),
+        ("--normalization", "RMSNorm"),
+        ("--norm-epsilon", repr(architecture.norm_epsilon)),
+        ("--swiglu",),
+        ("--disable-bias-linear",),
+        ("--attention-dropout", "0.0"),
+        ("--hidden-dropout", "0.0"),
+    ]
+    if architecture.rope_scaling_factor is not None:
+        flags += [("--use-rope-scaling",), ("--rope-scaling-factor", repr(architecture.rope_scaling_factor))]
+    if not architecture.tied_embeddings:
+        flags += [("--untie-embeddings-and-output-weights",)]
+    return flags
+
+
+def _cpu_flags() -> Flags:
+    return [
+        ("--transformer-impl", "local"),
+        ("--distributed-backend", "gloo"),
+        ("--use-cpu-initialization",),
+        ("--no-gradient-accumulation-fusion",),
+        ("--no-persist-layer-norm",),
+        ("--no-masked-softmax-fusion",),
+        ("--no-bias-swiglu-fusion",),
+        ("--no-rope-fusion",),
+        ("--num-workers", "0"),
+    ]
+
+
+def _gpu_flags(run: RunFile) -> Flags:
+    flags: Flags = [
+        ("--transformer-impl", "transformer_engine"),
+        ("--distributed-backend", "nccl"),
+        ("--use-distributed-optimizer",),
+        ("--overlap-grad-reduce",),
+        ("--overlap-param-gather",),
+        ("--attention-backend", "auto"),
+        ("--cross-entropy-loss-fusion",),
+        ("--manual-gc",),
+        ("--num-workers", "2"),
+    ]
+    if run.parallel.tensor > 1:
+        flags += [("--sequence-parallel",)]
+    if (
+        importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
+    ):  # an extension of Apex, which NGC's images have
+        flags += [("--no-gradient-accumulation-fusion",)]
+    return flags
+
+
+_PRECISION: dict[str, Flags] = {
+    "fp32": [],
+    "bf16": [("--bf16",)],
+    "fp8": [("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", "tensorwise")],
+}
+_RECOMPUTE: dict[str, Flags] = {
+    "none": [],
+    "selective": [("--recompute-granularity", "selective")],
+    "full": [("--recompute-granularity", "full"), ("--recompute-method", "uniform"), ("--recompute-num-layers", "1")],
+}
+
+
+def megatron_flags(
+    run: RunFile,
+    architecture: Architecture,
+    *,
+    tokenizer_folder: Path,
+    data_args: Path,
+    steps: int,
+    resume: bool,
+    gpu_bytes: int | None,
+) -> Flags:
+    """Everything that Megatron needs to know, as flags with their values.
+
+    Args:
+        run: the run.
+        architecture: the model's.
+        tokenizer_folder: the tokenizer's local folder.
+        data_args: the blend (`cptain.data.blend.write_blend`).
+        steps: optimizer steps in all.
+        resume: whether <run>/checkpoints is continued, or the converted checkpoint begun with.
+        gpu_bytes: memory of a GPU; None on the CPU.
+
+    Raises:
+        CptainError: what Megatron cannot represent.
+    """
+    parallel, train = run.parallel, run.train
+    flags = _architecture_flags(architecture, parallel.tensor)
+    flags += [
+        ("--tensor-model-parallel-size", str(parallel.tensor)),
+        ("--pipeline-model-parallel-size", str(parallel.pipeline)),
+        ("--context-parallel-size", str(parallel.context)),
+        ("--seq-length", str(train.seq_length)),
+        ("--micro-batch-size", str(train.micro_batch_size)),
+        ("--global-batch-size", str(train.global_batch_size)),
+        ("--train-iters", str(steps)),
+        ("--lr", repr(train.lr)),
+        ("--min-lr", repr(train.min_lr)),
+        ("--lr-decay-style", "cosine"),
+        ("--lr-decay-iters", str(steps)),
+        ("--lr-warmup-iters", str(train.warmup_steps)),
+        ("--weight-decay", "0.1"),
+        ("--clip-grad", "1.0"),
+        ("--optimizer", "adam"),
+        ("--adam-beta1", "0.9"),
+        ("--adam-beta2", "0.95"),
+        ("--tokenizer-type", "HuggingFaceTokenizer"),
+        ("--tokenizer-model", str(tokenizer_folder)),
+        ("--data-args-path", str(data_args)),
+        ("--data-cache-path", str(run.folder / "data-cache")),
+        ("--split", run.data.split),
+        ("--no-create-attention-mask-in-dataloader",),
+        ("--ckpt-format", "torch_dist"),
+        ("--save", str(run.checkpoints_folder)),
+        ("--save-interval", str(train.save_interval)),
+        ("--exit-signal-handler",),
+        ("--eval-interval", str(train.eval_interval)),
+        ("--eval-iters", "1"),
+        ("--log-interval", "1"),
+        ("--log-throughput",),
+    ]
+    if resume:
+        # The run file wins over the schedule that the checkpoint carries: Megatron would refuse a changed number of
+        # steps.
+        flags += [("--load", str(run.checkpoints_folder)), ("--override-opt_param-scheduler",)]
+    else:
+        flags += [("--load", str(run.megatron_folder)), ("--no-load-optim",), ("--no-load-rng",)]
+    flags += _PRECISION[train.precision]
+    if gpu_bytes is None:
+        flags += _cpu_flags()
+    else:
+        flags += _gpu_flags(run)
+        flags += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
+    if run.wandb is not None:
+        flags += [
+            ("--wandb-project", run.wandb.project),
+            ("--wandb-exp-name", run.name),
+            ("--wandb-save-dir", str(run.folder)),
+        ]
+        if run.wandb.entity is not None:
+            flags += [("--wandb-entity", run.wandb.entity)]
+    return flags

@@ -1,0 +1,34 @@
+"""What a process does around its first import of Megatron. Megatron's spawned children need the first half as well."""
+
+import importlib.util
+import typing
+
+
+def before_import(cpu: bool) -> None:
+    """Make Megatron importable here.
+
+    Args:
+        cpu: answer for CUDA on the CPU (`cptain.training.cpu`).
+    """
+    if not hasattr(typing, "override"):  # Python 3.11, with Megatron 0.17 or later
+        import typing_extensions
+
+        typing.override = typing_extensions.override  # type: ignore[attr-defined]
+    if cpu:
+        from cptain.training.cpu import install
+
+        install()
+
+
+def import_megatron(cpu: bool) -> None:
+    """Import megatron.core, after `before_import`, and settle what can only be settled then."""
+    import megatron.core.datasets.utils as datasets_utils
+
+    # Megatron runs make for its dataset helpers at every start, which fails in a read-only image and in PyPI's wheel
+    # (no Makefile).
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        datasets_utils.compile_helpers = lambda: None
+    if cpu:
+        from cptain.training.cpu import install_in_megatron
+
+        install_in_megatron()

@@ -1,0 +1,271 @@
+"""The training script that torchrun starts: GPT pre-training over megatron.training and megatron.core.
+
+It takes Megatron's own arguments and runs with the fork (core 0.13.1), with upstream and with PyPI's megatron-core.
+Megatron's `pretrain` came with two interfaces: a model provider alone until 0.16, a container of configs beside it
+since 0.17; `_train` knows both. What every rank needs of a batch is broadcast as one tensor, so that none of Megatron's
+own batch functions, which change from release to release, is needed.
+
+    torchrun … pretrain.py [--cpu] MEGATRON ARGUMENTS
+
+Exit status: 0 where training stopped as Megatron means it to (finished, a deadline, a signal), 1 where it gave up, with
+the reason as the last line. How far it came is in the checkpoint's tracker.
+"""
+
+import inspect
+import itertools
+import shlex
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from cptain.training.documents import Documents, File, same_blend
+from cptain.training.megatron_import import before_import, import_megatron
+
+CPU = "--cpu" in sys.argv
+before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
+
+Batch = dict[str, torch.Tensor]
+
+
+def _model_provider(pre_process: bool = True, post_process: bool = True, **more: Any) -> Any:
+    """Megatron's GPTModel for this pipeline stage, from Megatron's arguments."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    if args.transformer_impl == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    config = more.pop("config", None) or core_transformer_config_from_args(args)
+    accepted = inspect.signature(GPTModel.__init__).parameters
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        **{name: value for name, value in more.items() if name in accepted},
+    )
+
+
+def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size].
+
+    Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or 1.
+    """
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    args = get_args()
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        assert iterator is not None
+        data = next(iterator)
+        packed = torch.stack(
+            [data["tokens"], data["position_ids"], data["labels"], data["loss_mask"].to(torch.int64)]
+        ).cuda(non_blocking=True)
+    else:
+        packed = torch.empty((4, args.micro_batch_size, args.seq_length), dtype=torch.int64, device="cuda")
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            packed,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    if (size := parallel_state.get_context_parallel_world_size()) > 1:
+        # A causal mask makes late tokens dear: a rank gets one early and one late chunk of 2 × size, as Megatron's
+        # attention expects.
+        rank = parallel_state.get_context_parallel_rank()
+        chunks = packed.chunk(2 * size, dim=2)
+        packed = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2)
+    tokens, position_ids, labels, loss_mask = packed.unbind()
+    return tokens, position_ids, labels, loss_mask.float()
+
+
+def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the losses that count, how many they are, and both for the log."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1))
+    if get_args().check_for_nan_in_loss_and_grad:
+        for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=reject, message=f"the loss is {name}", tolerance=0.0, fatal=True
+            )
+    tokens = loss_mask.sum().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+
+
+def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
+    """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
+    from megatron.core import parallel_state
+
+    outermost = parallel_state.is_pipeline_first_stage(ignore_virtual=True) or parallel_state.is_pipeline_last_stage(
+        ignore_virtual=True
+    )
+    tokens, position_ids, labels, loss_mask = _batch(iterator) if outermost else (None, None, None, None)
+    output = model(tokens, position_ids, None, labels=labels)  # no mask: causal attention makes its own
+    return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), losses)
+
+
+def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
+    """Train, validation and test datasets, from the blend that --data-args-path names.
+
+    Every file is cut as --split says, and each split is built from the files that have a part in it: Megatron alone
+    never returns from a file so small that its part is empty.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.training import get_args
+
+    args = get_args()
+    tokenizer = _tokenizer(args)
+    words = shlex.split(Path(args.data_args_path).read_text(encoding="utf-8"))
+    weighted = [(float(weight), File(prefix)) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+    built: dict[str, Documents] = {}
+
+    class Sequences(GPTDataset):  # type: ignore[misc]
+        """Megatron's data set over ours."""
+
+        @staticmethod
+        def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
+            return built[dataset_path]
+
+    def is_built_here() -> bool:
+        return bool(parallel_state.get_tensor_model_parallel_rank() == 0) and bool(
+            parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+            or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        )
+
+    datasets: list[Any] = []
+    ends = list(itertools.accumulate((float(part) for part in args.split.split(",")), initial=0.0))
+    for place in range(3):
+        bounds = (ends[place] / ends[3], ends[place + 1] / ends[3])
+        blend: tuple[list[str], list[float]] = ([], [])
+        for weight, files in same_blend(weighted):
+            if parts := [(file, file.part(bounds)) for file in files if file.part(bounds)]:
+                documents = Documents(parts)
+                built[documents.path_prefix] = documents
+                blend[0].append(documents.path_prefix)
+                blend[1].append(weight)
+        if not blend[0]:
+            if place == 0:
+                raise ValueError(f"no file is long enough to have a training part by --split {args.split}")
+            if place == 1:
+                args.eval_iters = 0  # Megatron would ask the missing data set for a batch
+            datasets.append(None)
+            continue
+        config = GPTDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=blend,
+            split=",".join("1" if split == place else "0" for split in range(3)),
+            path_to_cache=args.data_cache_path,
+            tokenizer=tokenizer,
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=False,
+            eod_mask_loss=args.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        datasets.append(BlendedMegatronDatasetBuilder(Sequences, samples, is_built_here, config).build()[place])
+    return datasets
+
+
+def _tokenizer(args: Any) -> Any:
+    """Megatron's tokenizer, of which GPTDataset asks the end of document."""
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    except ImportError:  # up to 0.14 it is built at start
+        from megatron.training import get_tokenizer
+
+        return get_tokenizer()
+    return build_tokenizer(args)
+
+
+_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; is_built_here decides
+
+
+def _refuse_attention_masks() -> None:
+    """Arguments that need an attention mask from the data, which this script does not build."""
+    for flag in ("--reset-attention-mask", "--create-attention-mask-in-dataloader"):
+        if flag in sys.argv:
+            raise ValueError(f"{flag}: cptain's training script makes no attention masks; name another as train.script")
+
+
+def _log_every_step_by_itself() -> None:
+    """What core 0.19 logs at the second step of a start is the mean of the first two (0.13 does not)."""
+    from megatron.training import training
+
+    log = training.training_log
+    if "is_first_iteration" in inspect.signature(log).parameters:
+        training.training_log = lambda *args, **kwargs: log(*args, **{**kwargs, "is_first_iteration": False})
+
+
+def _train() -> None:
+    """Train until Megatron stops."""
+    import_megatron(CPU)
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    _log_every_step_by_itself()
+
+    if "cfg_container" in inspect.signature(pretrain).parameters:
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
+
+        container = pretrain_cfg_container_from_args(parse_and_validate_args())
+        pretrain(container, _datasets, ModelType.encoder_or_decoder, _forward_step, model_provider=_model_provider)
+    else:
+        pretrain(_datasets, _model_provider, ModelType.encoder_or_decoder, _forward_step)
+
+
+def _stopped_as_asked() -> bool:
+    """Whether training got so far that Megatron's own exit, if any, is a stop and not a failure to start."""
+    from megatron.training import get_args
+
+    return bool(getattr(get_args(), "curr_iteration", 0) or getattr(get_args(), "iteration", 0))
+
+
+@record  # type: ignore[untyped-decorator]
+def main() -> None:
+    """Train; where Megatron calls sys.exit, look at whether it had a right to."""
+    _refuse_attention_masks()
+    if CPU:
+        sys.argv.remove("--cpu")
+    try:
+        if CPU:
+            from cptain.training.cpu import CudaToCpu
+
+            with CudaToCpu():
+                _train()
+        else:
+            _train()
+    except SystemExit as stop:
+        if stop.code in (None, 0) and not _stopped_as_asked():
+            raise RuntimeError("Megatron gave up before the first step; its log says why") from stop
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A tiny model, a little text and runs made of them, below a folder with a space in its name."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import zstandard
+from click.testing import CliRunner, Result
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT / "runs"))
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+RunFileMaker = Callable[..., Path]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a skipped test is a failure: nothing that should run may be left out without a word."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter and reporter.stats.get("skipped"):
+        reporter.write_line("CI: a test was skipped, which counts as a failure", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def cptain(*arguments: object) -> Result:
+    """Run a command in this process; `output` holds stdout and stderr."""
+    from cptain.cli import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def cptain_process(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
+    """Start a command as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "cptain", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What is half-written, or was left so, below `folder`."""
+    return [path for path in folder.rglob("*") if ".partial" in path.name]
+
+
+def wait_until_half_written(folder: Path) -> None:
+    """Wait until a file below `folder` is being written and has bytes in it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):  # one may take its final name between the two looks
+            if any(path.stat().st_size for path in leftovers(folder)):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"nothing half-written appeared in {folder}")
+
+
+def write_jsonl(file: Path, texts: list[str]) -> None:
+    """Write documents, compressed as the file's name says."""
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if file.name.endswith(".gz"):
+        content = gzip.compress(content)
+    elif file.name.endswith(".zst"):
+        content = zstandard.ZstdCompressor().compress(content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents in English, Japanese and neither."""
+    from demo import python_help
+
+    japanese = [f"第{number}章。吾輩は猫である。名前はまだ無い。😀\n" * (number % 5 + 1) for number in range(40)]
+    return [*[text[:2000] for text in python_help()], *japanese, " leading and trailing space ", "\n\n\t", "Ω≈ç√∫"]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a space in its name."""
+    return tmp_path_factory.mktemp("one run")
+
+
+@pytest.fixture(scope="session")
+def model(session_folder: Path, texts: list[str]) -> Path:
+    """A Llama 3.1 of two layers whose vocabulary (500) Megatron pads, to 512 with one or two processes."""
+    from demo import make_model
+
+    folder = session_folder / "model"
+    make_model(
+        folder,
+        texts,
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(session_folder: Path, texts: list[str]) -> Path:
+    """Three files of three kinds, two of the same name in two folders, at two depths."""
+    folder = session_folder / "text"
+    write_jsonl(folder / "a.jsonl", texts[:40])
+    write_jsonl(folder / "sub" / "a.jsonl.gz", texts[40:80])
+    write_jsonl(folder / "sub" / "deeper" / "b.jsonl.zst", texts[80:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_content(model: Path, text_folder: Path) -> dict[str, Any]:
+    """What the tests' run files hold, but for work_dir."""
+    return {
+        "name": "run",
+        "model": {"hf": str(model)},
+        "data": {"input": [f"{text_folder}/**/*.jsonl*"], "split": "90,10,0"},
+        "train": {
+            "seq_length": 64,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "steps": 8,
+            "lr": 1e-3,
+            "min_lr": 1e-4,
+            "warmup_steps": 1,
+            "precision": "fp32",
+            "save_interval": 4,
+            "eval_interval": 4,
+        },
+    }
+
+
+def write_run_file(folder: Path, content: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """Write folder/run.toml, with dotted keys of `changes` set (None: removed)."""
+    content = json.loads(json.dumps({**content, "work_dir": str(folder / "runs")}))
+    for dotted, value in changes.items():
+        *path, key = dotted.split(".")
+        section = content
+        for step in path:
+            section = section.setdefault(step, {})
+        if value is None:
+            section.pop(key, None)
+        else:
+            section[key] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "run.toml"
+    file.write_text(tomli_w.dumps(content), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, run_content: dict[str, Any]) -> RunFileMaker:
+    """Writes run files of this test; keyword arguments with __ for dots change keys."""
+
+    def make(**changes: Any) -> Path:
+        return write_run_file(tmp_path, run_content, {key.replace("__", "."): value for key, value in changes.items()})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ready_run(session_folder: Path, run_content: dict[str, Any]) -> Path:
+    """A run file whose data and converted checkpoint are there, and nothing is trained."""
+    file = write_run_file(session_folder / "ready", run_content, {})
+    for stage in ("preprocess", "convert"):
+        result = cptain(stage, file)
+        assert result.exit_code == 0, result.output
+    return file
+
+
+@pytest.fixture
+def make_ready_run(ready_run: Path, make_run: RunFileMaker) -> RunFileMaker:
+    """Like `make_run`, sharing the data and the converted checkpoint of `ready_run`, as runs of a sweep do."""
+    shared = ready_run.parent / "runs" / "run"
+
+    def make(**changes: Any) -> Path:
+        return make_run(data__output=str(shared / "data"), model__megatron=str(shared / "megatron"), **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(session_folder: Path, run_content: dict[str, Any], ready_run: Path) -> Path:
+    """A run file whose eight steps were trained by the real Megatron, in one go."""
+    shared = ready_run.parent / "runs" / "run"
+    changes = {"data.output": str(shared / "data"), "model.megatron": str(shared / "megatron")}
+    file = write_run_file(session_folder / "trained", run_content, changes)
+    result = cptain("train", file, "--cpu")
+    assert result.exit_code == 0, result.output
+    return file

@@ -1,0 +1,72 @@
+"""The command line itself: quick to answer, honest when it fails, and as documented."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, RunFileMaker, cptain
+from cptain.run_file import RunFile
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = "import cptain.cli, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "click" in loaded
+    assert not {"torch", "transformers", "numpy", "pydantic", "megatron", "tqdm"} & set(loaded)
+
+
+def test_every_command_has_help_and_an_unknown_one_is_bad_usage() -> None:
+    listed = re.findall(r"^  (\w+)  +\S", cptain("--help").output, flags=re.MULTILINE)
+    assert {"preprocess", "convert", "train", "export", "verify"} <= set(listed)
+    for command in listed:
+        if not command.startswith("-"):
+            assert cptain(command, "--help").exit_code == 0
+    assert cptain("nosuch").exit_code == 2
+    assert cptain("convert").exit_code == 2
+
+
+def test_a_defect_is_one_line_and_debug_shows_its_traceback(
+    make_run: RunFileMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cptain.checkpoint.convert as convert
+
+    def broken(*_: object) -> None:
+        raise KeyError("oops\nsecond line")
+
+    monkeypatch.setattr(convert, "convert", broken)
+    result = cptain("convert", make_run())
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert "a defect of cptain" in result.output
+    assert "Traceback" in cptain("--debug", "convert", make_run()).output
+
+
+def test_every_key_of_the_run_file_is_documented() -> None:
+    text = (PROJECT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    for section_name, section in RunFile.model_fields.items():
+        annotation = next(
+            (
+                part
+                for part in getattr(section.annotation, "__args__", (section.annotation,))
+                if hasattr(part, "model_fields")
+            ),
+            None,
+        )
+        for key in annotation.model_fields if annotation else ():
+            assert re.search(rf"`{section_name}\.{key}`|`\.{key}`", text), f"{section_name}.{key}"
+        assert section_name in text
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for document in [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_a_closed_pipe_is_no_traceback(make_run: RunFileMaker, tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"'{sys.executable}' -m cptain --help | head -c 1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,380 @@
+"""The image, built by make on the CPU base and run by a real Apptainer; where that cannot be had, these tests fail."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spython.main import get_client
+
+PROJECT = Path(__file__).resolve().parent.parent
+STAGES = ("preprocess", "convert", "train", "export")
+NOBODY = 65534
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+USERS = ["root", "nobody"] if os.getuid() == 0 else ["the user of the tests"]
+QUICK = ["--set", "train.steps=4", "--set", "train.warmup_steps=1", "--set", "train.save_interval=2"]
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run make in the project; its stderr is in stdout."""
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="module")
+def image() -> Path:
+    """The CPU image: the one that the last tests built, unless something that goes into it is newer."""
+    file = PROJECT / ".apptainer" / "tests.sif"
+    sources = [PROJECT / "Singularity.def", PROJECT / "pyproject.toml", PROJECT / "Makefile"]
+    sources += (PROJECT / "apptainer").glob("*")
+    sources += (PROJECT / "apps").rglob("*.py")
+    if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
+        assert built.returncode == 0, built.stdout[-4000:]
+    return file
+
+
+@pytest.fixture(scope="module")
+def public() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are for their owner alone."""
+    folder = Path(tempfile.mkdtemp(prefix="cptain-image-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def apptainer(image: Path, public: Path) -> str:
+    """The apptainer that built the image, where every user can reach it, as `singularity` too: so spython calls it."""
+    found = shutil.which("apptainer")
+    if found is None:
+        shutil.copytree(PROJECT / ".apptainer" / "dist", public / "private" / "dist", symlinks=True)
+        shutil.copytree(PROJECT / ".apptainer" / "bin", public / "private" / "bin", symlinks=True)
+        found = str(public / "private" / "bin" / "apptainer")
+    (public / "bin").mkdir()
+    (public / "bin" / "singularity").symlink_to(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def client(apptainer: str, public: Path) -> Iterator[Any]:
+    """spython's client."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{public / 'bin'}:{os.environ['PATH']}")
+        client = get_client(quiet=True)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def inputs(apptainer: str, image: Path, public: Path) -> Path:
+    """A folder with the demo's text, model and run file, made inside the image; and the image, for every user."""
+    folder = public / "demo inputs"
+    shutil.copytree(PROJECT / "runs", folder / "runs")
+    shutil.copy(PROJECT / "README.ja.md", folder)
+    command = [apptainer, "exec", "--bind", str(folder), str(image), "python3", "runs/demo.py", "--inputs-only"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    (public / "an image").mkdir()
+    shutil.copy(image, public / "an image" / "cptain.sif")
+    return folder
+
+
+class Place:
+    """A folder of one user's with the inputs in it, and that user's way to run an app there."""
+
+    def __init__(self, folder: Path, user: str, apptainer: str, image: Path) -> None:
+        self.folder, self.home, self.apptainer, self.image = folder, folder / "home", apptainer, image
+        self.user = AS_NOBODY if user == "nobody" else []
+        self.home.mkdir()
+        if user == "nobody":
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+
+    def command(self, app: str, *arguments: str) -> list[str]:
+        bind = ["--bind", str(self.folder)]
+        return [*self.user, self.apptainer, "--silent", "run", *bind, "--app", app, str(self.image), *arguments]
+
+    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
+        return {**inherited, "HOME": str(self.home), **more}
+
+    def run(self, app: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(app, *arguments),
+            cwd=self.folder,
+            env=self.environment(environment),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, apptainer: str, inputs: Path, public: Path) -> Iterator[Place]:
+    """A fresh place, of the user that the test's parameter names or of the one who runs the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="a run ", dir=public))
+    shutil.copytree(inputs, folder, dirs_exist_ok=True)
+    yield Place(folder, getattr(request, "param", USERS[0]), apptainer, public / "an image" / "cptain.sif")
+    shutil.rmtree(folder)
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@pytest.mark.parametrize("place", USERS, indirect=True)
+def test_the_four_stages_run_from_a_read_only_image(place: Place) -> None:
+    before = digest(place.image)
+    secrets = {"HF_TOKEN": "hf_very_secret", "WANDB_API_KEY": "wandb_very_secret"}
+    for stage in STAGES:
+        done = place.run(stage, "runs/tiny.toml", *QUICK, *(["--cpu"] if stage == "train" else []), **secrets)
+        assert done.returncode == 0, done.stderr
+    run = place.folder / "demo" / "runs" / "tiny"
+    assert (run / "hf" / "iter_0000004" / "model.safetensors").stat().st_size > 1e6
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["train"]["git_commit"]
+    assert provenance["train"]["packages"]["megatron-core"]
+
+    assert [path.name for path in place.home.iterdir() if path.name != ".apptainer"] == []
+    for file in place.folder.rglob("*"):
+        if file.is_file():
+            assert b"very_secret" not in file.read_bytes(), file
+    assert digest(place.image) == before
+
+
+def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> None:
+    for stage in ("preprocess", "convert"):
+        assert place.run(stage, "runs/tiny.toml").returncode == 0
+    train = ("train", "runs/tiny.toml", "--cpu")
+    process = subprocess.Popen(
+        place.command(*train), cwd=place.folder, env=place.environment({}), stderr=subprocess.PIPE, text=True
+    )
+    logs = place.folder / "demo" / "runs" / "tiny" / "logs"
+    deadline = time.monotonic() + 120
+    while not any("iteration        5/" in log.read_text() for log in logs.glob("*.log")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM" in said
+    again = place.run(*train)
+    assert again.returncode == 0, again.stderr
+    assert "train: from step" in again.stderr
+    assert "step 60 of 60" in again.stderr
+
+
+def test_exit_statuses_arrive_as_cptain_set_them(client: Any, image: Path, place: Place) -> None:
+    def status(app: str, *arguments: str) -> int:
+        return int(client.run(str(image), list(arguments), app=app, return_result=True)["return_code"])
+
+    assert status("train", "--help") == 0
+    assert status("train", "--no-such-option") == 2
+    assert status("export", "no-such-run.toml") == 2
+    failed = place.run("export", "runs/tiny.toml")  # nothing is trained yet
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) == 1, failed.stderr
+
+
+@pytest.mark.parametrize(
+    "odd", ["two  words", "'single' \"double\"", "$HOME `id` *.toml", "café 日本", "a;b&c|d\\e", ""]
+)
+def test_odd_arguments_arrive_as_they_are(place: Place, odd: str) -> None:
+    done = place.run("export", "runs/tiny.toml", "--iteration", odd)
+    assert done.returncode == 2
+    assert repr(odd) in done.stderr
+
+
+def test_the_image_and_every_app_pass_their_tests(apptainer: str, image: Path) -> None:
+    for app in ([], *(["--app", stage] for stage in STAGES)):
+        done = subprocess.run([apptainer, "test", *app, image], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (app, done.stderr)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_help_of_an_app_says_how_to_run_it(apptainer: str, image: Path, stage: str) -> None:
+    done = subprocess.run([apptainer, "run-help", "--app", stage, image], capture_output=True, text=True, check=True)
+    assert f"--app {stage} IMAGE run.toml" in done.stdout
+
+
+def test_the_image_without_an_app_lists_the_apps(client: Any, image: Path) -> None:
+    listed = client.run(str(image), return_result=True)
+    assert listed["return_code"] == 0
+    assert all(f"--app {stage} IMAGE run.toml" in listed["message"] for stage in STAGES)
+    assert client.run(str(image), ["run.toml"], return_result=True)["return_code"] == 2
+
+
+def test_an_app_that_is_not_there_is_named_and_fails(place: Place) -> None:
+    done = place.run("nosuch", "run.toml")
+    assert done.returncode == 1
+    assert "nosuch" in done.stdout + done.stderr
+
+
+def test_the_other_commands_are_reached_through_exec(client: Any, image: Path) -> None:
+    assert "verify" in client.execute(str(image), ["cptain", "--help"])
+
+
+def test_the_labels_say_what_the_image_was_built_from(client: Any, image: Path) -> None:
+    labels = client.inspect(str(image))["attributes"]["labels"]
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", labels["org.opencontainers.image.revision"])
+    assert labels["org.opencontainers.image.version"] == "0.1.0"
+    assert labels["org.opencontainers.image.created"].startswith("20")
+    assert labels["org.opencontainers.image.base.name"] == ".apptainer/base"
+    assert labels["cptain.megatron.origin"] == "PyPI"
+    assert labels["cptain.megatron.version"] == "0.19.2"
+    assert labels["cptain.torch"].startswith("2.13.0")
+    packages = client.execute(str(image), ["sha256sum", "/opt/cptain/packages.txt"])
+    assert packages.split()[0] == labels["cptain.packages.sha256"]
+
+
+def test_what_pip_installed_is_what_the_constraints_say(client: Any, image: Path) -> None:
+    packages = client.execute(str(image), ["cat", "/opt/cptain/packages.txt"]).lower().replace("_", "-").splitlines()
+    pinned = (PROJECT / "apptainer" / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    installed = {line.split("+")[0] for line in packages}
+    own = {"cptain==0.1.0", "megatron-core==0.19.2"}
+    assert own <= installed
+    unpinned = {line for line in installed - own if line not in pinned}
+    assert {line.partition("==")[0] for line in unpinned} <= {"pip", "wheel"}  # Debian's
+
+
+def inside(client: Any, image: Path, program: str, options: list[str] | None = None) -> str:
+    """What a Python program prints inside the image."""
+    return str(client.execute(str(image), ["python3", "-c", program], options=options or [])).strip()
+
+
+def test_the_hosts_python_does_not_leak_in(client: Any, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/host/packages")
+    monkeypatch.setenv("PYTHONNOUSERSITE", "")
+    assert inside(client, image, "import sys, site; print(site.ENABLE_USER_SITE, '/host/packages' in sys.path)") == (
+        "False False"
+    )
+
+
+def test_caches_leave_home_unless_the_user_says_where(
+    client: Any, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import json, os, pathlib; from cptain import image; image.keep_caches_out_of_home(pathlib.Path('/run'));"
+        "print(json.dumps({name: os.environ[name] for name in "
+        "('HF_HOME', 'WANDB_DIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')}))"
+    )
+    monkeypatch.delenv("HF_HOME", raising=False)
+    default = json.loads(inside(client, image, program))
+    assert default["HF_HOME"] == "/run/cache/huggingface"
+    assert default["WANDB_DIR"] == "/run"
+    assert not any(folder.startswith(os.environ["HOME"] + "/") for folder in default.values())
+    monkeypatch.setenv("HF_HOME", "/plain")
+    assert json.loads(inside(client, image, program))["HF_HOME"] == "/plain"
+    monkeypatch.setenv("APPTAINERENV_HF_HOME", "/prefixed")
+    assert json.loads(inside(client, image, program))["HF_HOME"] == "/prefixed"
+    assert json.loads(inside(client, image, program, ["--env", "HF_HOME=/option"]))["HF_HOME"] == "/option"
+
+
+def test_an_image_of_another_commit_than_the_jobs_expect_is_warned_of(place: Place) -> None:
+    done = place.run("preprocess", "runs/tiny.toml", CPTAIN_EXPECT_COMMIT="0123456789")
+    assert done.returncode == 0
+    (warning,) = (line for line in done.stderr.splitlines() if "warning" in line)
+    built_from = json.loads((place.folder / "demo/runs/tiny/provenance.json").read_text())["preprocess"]["git_commit"]
+    assert "0123456789" in warning
+    assert built_from in warning
+    expected = place.run("preprocess", "runs/tiny.toml", CPTAIN_EXPECT_COMMIT=built_from)
+    assert "warning" not in expected.stderr
+
+
+# How a build goes wrong. Each leaves an image that was there as it was, and nothing half-built beside it.
+
+
+@pytest.fixture
+def old(image: Path, tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "old image.sif"
+    file.write_text("good")
+    yield file
+    assert file.read_text() == "good"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in (".apptainer", "bin")) == [file.name]
+    assert list(tmp_path.glob(".apptainer/tmp/*")) == []
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """The one line that a refused build says."""
+    done = make(*arguments, **environment)
+    assert done.returncode != 0, done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("image: "))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"), [("image", "IMAGE"), ("image-cpu", "IMAGE_CPU"), ("sandbox", "SANDBOX")]
+)
+def test_an_image_that_is_there_is_not_overwritten_unasked(old: Path, target: str, variable: str) -> None:
+    assert refused(target, f"{variable}={old}") == f"image: {old} exists: FORCE=1 replaces it"
+
+
+def test_a_machine_without_apptainer_is_told_how_to_get_it(old: Path) -> None:
+    line = refused("image", f"IMAGE={old}", "FORCE=1", "APPTAINER=/nowhere/apptainer")
+    assert line.startswith("image: no apptainer on PATH: ")
+    assert "module load apptainer" in line
+
+
+@pytest.mark.parametrize("version", ["1.1.9-1.el8", "1.0.0", "0.9"])
+def test_an_apptainer_without_build_arguments_is_refused(old: Path, version: str) -> None:
+    fake = old.parent / "bin" / "apptainer"  # no release older than 1.2 can be had for these machines
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\necho {version}\n")
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    line = refused("image", f"IMAGE={old}", "FORCE=1", PATH=path)
+    assert line == f"image: {fake} is version {version}, and Singularity.def needs 1.2 or later"
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_built(old: Path) -> None:
+    line = refused("image", f"IMAGE={old}", "FORCE=1", "IMAGE_GB=1000000")
+    assert "3000000 GB" in line
+    assert "APPTAINER_TMPDIR=" in line
+
+
+def test_a_registry_that_cannot_be_reached_leaves_the_old_image(old: Path) -> None:
+    line = refused("image", f"IMAGE={old}", "FORCE=1", "IMAGE_GB=1", "BASE=localhost:9/nosuch:1")
+    assert line.startswith("image: the build failed")
+    assert line.endswith(f"{old} is as it was")
+
+
+def test_an_inexact_megatron_is_refused(old: Path) -> None:
+    done = make("image-cpu", f"IMAGE_CPU={old}", "FORCE=1", "MEGATRON=megatron-core>=0.17")
+    assert done.returncode != 0
+    assert "give an exact version, such as megatron-core==0.19.2" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_build_leaves_the_old_image(old: Path, number: signal.Signals) -> None:
+    build = subprocess.Popen(
+        ["make", "image-cpu", f"IMAGE_CPU={old}", "FORCE=1"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert build.stdout is not None
+    for line in build.stdout:
+        if "Running post scriptlet" in line:
+            break
+    os.killpg(build.pid, number)  # as a terminal and a scheduler do
+    build.stdout.read()
+    assert build.wait(timeout=60) != 0

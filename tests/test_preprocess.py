@@ -1,0 +1,351 @@
+"""preprocess: what Megatron's own reader finds in the pairs, and what bad input does."""
+
+import ctypes
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import RunFileMaker, cptain, cptain_process, leftovers, wait_until_half_written, write_jsonl
+from cptain.data.blend import weights
+from cptain.data.manifest import Record
+from cptain.data.preprocess import input_files
+from cptain.errors import CptainError
+from cptain.run_file import MixPart, load_run
+
+
+def read_pair(prefix: Path) -> list[list[int]]:
+    """The documents of a pair, by Megatron's own IndexedDataset, in a process of its own."""
+    script = """
+import json, sys
+from cptain.training.megatron_import import before_import
+before_import(cpu=True)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+data = IndexedDataset(sys.argv[1])
+index = data.document_indices
+documents = [[int(i) for s in range(index[d], index[d + 1]) for i in data[s]] for d in range(len(index) - 1)]
+print(json.dumps([str(data.index.dtype.__name__), documents]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(prefix)], capture_output=True, text=True, check=True)
+    dtype, documents = json.loads(done.stdout.splitlines()[-1])
+    assert dtype == "uint16"  # the tests' vocabulary is small
+    return documents  # type: ignore[no-any-return]
+
+
+def data_folder(run_file: Path) -> Path:
+    return load_run(run_file).data_folder
+
+
+def manifest(run_file: Path) -> dict[str, Any]:
+    return json.loads((data_folder(run_file) / "manifest.json").read_text())  # type: ignore[no-any-return]
+
+
+def pairs(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in (".bin", ".idx")
+    }
+
+
+@pytest.fixture
+def text(tmp_path: Path, make_run: RunFileMaker) -> Any:
+    """A function that writes bytes as an input file and returns a run file for it."""
+
+    def write(content: bytes, name: str = "x.jsonl", **changes: Any) -> Path:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+        return make_run(data__input=["in/**/*.jsonl*"], **changes)
+
+    return write
+
+
+def test_megatron_reads_back_the_tokenizers_own_ids_with_bos_and_eod(
+    ready_run: Path, model: Path, text_folder: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    found = read_pair(data_folder(ready_run) / "sub/a_text_document")
+    lines = gzip.decompress((text_folder / "sub/a.jsonl.gz").read_bytes()).splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    assert found == [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in documents]
+    assert all(ids[0] == tokenizer.bos_token_id for ids in found)
+
+
+def test_input_folders_are_kept_and_the_manifest_counts_every_file(ready_run: Path, texts: list[str]) -> None:
+    content = manifest(ready_run)
+    assert [record["prefix"] for record in content["records"]] == [
+        "a_text_document",
+        "sub/a_text_document",
+        "sub/deeper/b_text_document",
+    ]
+    assert (content["files"], content["documents"], content["skipped"]) == (3, len(texts), 0)
+    for record in content["records"]:
+        pair = data_folder(ready_run) / record["prefix"]
+        assert record["tokens"] * 2 == record["bin_bytes"] == os.path.getsize(f"{pair}.bin")
+        assert len(read_pair(pair)) == record["documents"]
+
+
+def test_many_workers_write_what_one_writes(make_run: RunFileMaker, ready_run: Path) -> None:
+    file = make_run()
+    assert cptain("preprocess", file, "--workers", 3).exit_code == 0
+    assert pairs(data_folder(file)) == pairs(data_folder(ready_run))
+
+
+def test_a_second_run_skips_what_is_done_and_force_redoes_it(text: Any) -> None:
+    file = text(b'{"text": "one"}\n')
+    write_jsonl(file.parent / "in" / "y.jsonl", ["two"])
+    assert cptain("preprocess", file, "--workers", 1).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in data_folder(file).rglob("*.bin")}
+    again = cptain("preprocess", file)
+    assert "2 of 2 files are done and unchanged" in again.output
+    assert {path: path.stat().st_mtime_ns for path in data_folder(file).rglob("*.bin")} == before
+    (file.parent / "in" / "y.jsonl").write_bytes(b'{"text": "changed"}\n')
+    (data_folder(file) / "x_text_document.bin").write_bytes(b"")  # damaged since
+    third = cptain("preprocess", file)
+    assert "done and unchanged" not in third.output
+    assert len(read_pair(data_folder(file) / "y_text_document")[0]) == manifest(file)["records"][1]["tokens"]
+    assert "done and unchanged" not in cptain("preprocess", file, "--force").output
+
+
+def test_another_tokenizer_or_key_redoes_a_file(text: Any, model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    file = text(b'{"text": "one", "body": "two"}\n')
+    assert cptain("preprocess", file).exit_code == 0
+    assert "done" not in cptain("preprocess", file, "--set", "data.key=body").output
+    assert (data_folder(file) / "x_body_document.idx").exists()
+    shutil.copytree(model, tmp_path / "other")
+    config = tmp_path / "other" / "tokenizer_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert "done" not in cptain("preprocess", file, "--set", f"model.tokenizer='{tmp_path}/other'").output
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b'{"text": "one"}\r\n{"text": "two"}\r\n'),
+        ("x.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}'),
+        ("x.jsonl", b'{"text": "no", "text": "one"}\n   \n{"other": [1, null], "text": "two"}\n\n'),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"te') + gzip.compress(b'xt": "two"}\n') + b"\0" * 512),
+        ("x.jsonl.gz", gzip.compress(b"") + gzip.compress(b'{"text": "one"}\n{"text": "two"}')),
+        ("x.jsonl.zst", zstandard.compress(b'{"text": "one"}\n{"te') + zstandard.compress(b'xt": "two"}\n')),
+    ],
+    ids=[
+        "crlf",
+        "bom and no last newline",
+        "duplicate key and blank lines",
+        "gzip members",
+        "empty member",
+        "zstd frames",
+    ],
+)
+def test_every_way_to_write_two_documents_gives_two_documents(text: Any, name: str, content: bytes) -> None:
+    file = text(content, name)
+    result = cptain("preprocess", file)
+    assert result.exit_code == 0, result.output
+    reference = text(b'{"text": "one"}\n{"text": "two"}\n', "z.jsonl")
+    assert cptain("preprocess", reference).exit_code == 0
+    found = pairs(data_folder(file))
+    assert found["x_text_document.bin"] == found["z_text_document.bin"]
+    assert found["x_text_document.idx"] == found["z_text_document.idx"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "tw', "not JSON: Unterminated string starting at: line 1 column 10 (char 9)"),
+        (b'{"txt": "two"}', 'no key "text"'),
+        (b'{"text": null}', '"text" is not a string but NoneType'),
+        (b'{"text": ["two"]}', '"text" is not a string but list'),
+        (b'["two"]', "not a JSON object but list"),
+        (b'{"text": "\xff"}', "not UTF-8 (byte 10 of the line)"),
+        (b'{"text": "\\ud800"}', '"text" holds a lone surrogate (character 0)'),
+        (b"[" * 100000, "not JSON: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_bad_line_fails_with_file_and_line_or_is_kept_in_a_side_file(text: Any, line: bytes, reason: str) -> None:
+    file = text(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
+    failed = cptain("preprocess", file)
+    assert failed.exit_code == 1
+    (last,) = [one for one in failed.output.splitlines() if one.startswith("cptain: ")]
+    assert last.startswith(f"cptain: {file.parent}/in/x.jsonl:2: {reason}")
+    assert pairs(data_folder(file)) == {}
+    assert leftovers(file.parent) == []
+
+    skipped = cptain("preprocess", file, "--set", "data.on_error=skip")
+    assert skipped.exit_code == 0
+    assert "2 documents" in skipped.output
+    assert "1 bad lines skipped" in skipped.output
+    assert manifest(file)["skipped"] == 1
+    (kept,) = (data_folder(file) / "x_text_document.skipped.jsonl").read_text().splitlines()
+    entry = json.loads(kept)
+    assert entry["line"] == 2
+    assert entry["reason"].startswith(reason)
+    assert entry["raw"] == line.decode("utf-8", "backslashreplace")
+    assert len(read_pair(data_folder(file) / "x_text_document")) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_truncated_or_corrupt_file_is_an_error_and_never_a_shorter_data_set(text: Any, workers: int) -> None:
+    random = np.random.default_rng(0)
+    lines = b"".join(json.dumps({"text": random.bytes(300).hex()}).encode() + b"\n" for _ in range(9000))
+    write_jsonl(text(b"", "good.jsonl").parent / "in" / "good.jsonl", ["good"])
+    with_checksum = zstandard.ZstdCompressor(write_checksum=True)  # as the zstd program writes
+    for name, whole in (("x.jsonl.gz", gzip.compress(lines)), ("x.jsonl.zst", with_checksum.compress(lines))):
+        file = text(whole[:-7], name)
+        result = cptain("preprocess", file, "--workers", workers)
+        assert result.exit_code == 1
+        assert f"{name}: truncated: the file ends at byte {len(whole) - 7}, inside a compressed frame" in result.output
+        middle = len(whole) // 2
+        file = text(whole[:middle] + bytes(64) + whole[middle + 64 :], name)
+        result = cptain("preprocess", file, "--workers", workers, "--set", "data.on_error=skip")
+        assert result.exit_code == 1
+        assert f"{name}: corrupt at byte" in result.output
+        assert not (data_folder(file) / "x_text_document.bin").exists()
+        assert not (data_folder(file) / "manifest.json").exists()
+        (file.parent / "in" / name).unlink()
+
+
+def test_an_empty_file_is_named_and_only_nothing_at_all_is_an_error(text: Any) -> None:
+    file = text(b"", "empty.jsonl")
+    result = cptain("preprocess", file)
+    assert result.exit_code == 1
+    assert "cptain: data.input: no document in any file: there is nothing to train on" in result.output
+    write_jsonl(file.parent / "in" / "y.jsonl", ["two"])
+    result = cptain("preprocess", file)
+    assert result.exit_code == 0
+    assert f"{file.parent}/in/empty.jsonl: no document in it" in result.output
+    assert [record["documents"] for record in manifest(file)["records"]] == [0, 1]
+
+
+def test_globs_that_match_nothing_or_clash_are_named(make_run: RunFileMaker, tmp_path: Path) -> None:
+    result = cptain("preprocess", make_run(data__input=["nothing/*.jsonl"]))
+    assert result.exit_code == 1
+    assert (
+        f"cptain: data.input: {tmp_path}/nothing/*.jsonl matches no .jsonl, .jsonl.gz, .jsonl.zst file" in result.output
+    )
+    (tmp_path / "a.txt").write_text("x")
+    result = cptain("preprocess", make_run(data__input=["*.txt"]))
+    assert "a.txt" not in result.output
+    assert "file (1 other files)" in result.output
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "a.jsonl.gz", ["x"])
+    result = cptain("preprocess", make_run(data__input=["a.jsonl*"]))
+    assert "a.jsonl and " in result.output
+    assert "a.jsonl.gz would both become a: rename one" in result.output
+
+
+def test_files_of_several_globs_are_named_from_their_common_folder(tmp_path: Path) -> None:
+    for name in ("one/a.jsonl", "two/x/a.jsonl"):
+        write_jsonl(tmp_path / name, ["x"])
+    found = input_files([f"{tmp_path}/one/**/*.jsonl", f"{tmp_path}/two/x/a.jsonl"])
+    assert sorted(found) == ["one/a", "two/x/a"]
+
+
+def test_a_missing_tokenizer_or_model_folder_is_named(text: Any, tmp_path: Path) -> None:
+    file = text(b'{"text": "x"}\n', model__hf="no/such/folder/here")
+    result = cptain("preprocess", file)
+    assert (result.exit_code, result.output) == (1, f"cptain: {tmp_path}/no/such/folder/here: no such model folder\n")
+    (tmp_path / "bare").mkdir()
+    result = cptain("preprocess", file, "--set", "model.tokenizer=./bare")
+    assert result.exit_code == 1
+    assert f"cptain: {tmp_path}/bare: no tokenizer in this folder" in result.output
+
+
+def test_a_full_disk_leaves_nothing_half_written(text: Any) -> None:
+    file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 50) for i in range(3000)))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    process = cptain_process("preprocess", file, "--workers", 1, preexec_fn=limit)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "x_text_document.bin: cannot be written: File too large" in output.splitlines()[-1]
+    assert pairs(data_folder(file)) == {}
+    assert leftovers(file.parent) == []
+
+
+def obey_permissions() -> None:
+    """In a child of root: give up CAP_DAC_OVERRIDE for good, so that a read-only folder is read-only."""
+    pr_capbset_drop, cap_dac_override = 24, 1
+    ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0)
+
+
+def test_a_read_only_output_folder_is_one_line(text: Any, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    file = text(b'{"text": "x"}\n', data__output=str(locked / "data"))
+    process = cptain_process("preprocess", file, preexec_fn=obey_permissions)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1] == f"cptain: {locked}/data: Permission denied"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_next_run_continues(
+    text: Any, workers: int, signal_number: signal.Signals
+) -> None:
+    file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 100) for i in range(40000)))
+    write_jsonl(file.parent / "in" / "small.jsonl", ["small"] * 10)
+    process = cptain_process("preprocess", file, "--workers", workers)
+    wait_until_half_written(file.parent)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert output.splitlines()[-1] == f"cptain: stopped by {signal_number.name}; the same command continues"
+    assert leftovers(file.parent) == []
+    assert not (data_folder(file) / "x_text_document.bin").exists()
+    (file.parent / "in" / "x.jsonl").write_bytes(b'{"text": "short now"}\n')
+    assert cptain("preprocess", file).exit_code == 0
+    assert manifest(file)["documents"] == 11
+
+
+def test_a_killed_run_leaves_no_final_name_and_the_next_removes_its_debris(text: Any) -> None:
+    file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 100) for i in range(40000)))
+    process = cptain_process("preprocess", file, "--workers", 1)
+    wait_until_half_written(file.parent)
+    process.kill()
+    process.communicate(timeout=60)
+    assert pairs(data_folder(file)) == {}
+    assert leftovers(file.parent)
+    (file.parent / "in" / "x.jsonl").write_bytes(b'{"text": "short now"}\n')
+    assert cptain("preprocess", file).exit_code == 0
+    assert leftovers(file.parent) == []
+
+
+def record(input: str, tokens: int) -> Record:
+    return Record(input, input, 1, 1, "text", "fail", "hash", 1, tokens, 0, 1, 1)
+
+
+def test_files_blend_by_tokens_alike_or_by_tables() -> None:
+    records = [record("/d/en/a.jsonl", 10), record("/d/en/sub/b.jsonl", 30), record("/d/ja/c.jsonl", 5)]
+    assert weights("tokens", records) == [10, 30, 5]
+    assert weights("uniform", records) == [1, 1, 1]
+    tables = [MixPart(input="/d/en/**/*.jsonl", weight=3), MixPart(input="/d/ja/*.jsonl", weight=1)]
+    assert weights(tables, records) == [0.75, 2.25, 1]
+
+
+@pytest.mark.parametrize(
+    ("globs", "message"),
+    [
+        (["/d/en/*"], "/d/ja/c.jsonl is matched by no table"),
+        (["/d/**/*", "/d/ja/*"], r"c.jsonl is matched by /d/\*\*/\* and /d/ja/\*"),
+        (["/d/*/*", "/d/nothing/*"], r"/d/nothing/\* matches no file"),
+    ],
+)
+def test_tables_that_do_not_cover_every_file_once_are_refused(globs: list[str], message: str) -> None:
+    records = [record("/d/en/a.jsonl", 10), record("/d/ja/c.jsonl", 5)]
+    with pytest.raises(CptainError, match=message):
+        weights([MixPart(input=glob, weight=1) for glob in globs], records)
