@@ -70,16 +70,18 @@ def main(debug: bool) -> None:
     """
 
 
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the run file, such as train.lr=2.5e-5. Repeatable.",
+)
+
+
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """RUN and --set, which every stage takes."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a key of the run file, such as train.lr=2.5e-5. Repeatable.",
-    )(command)
-    return click.argument("run", type=click.Path(path_type=Path))(command)
+    return click.argument("run", type=click.Path(path_type=Path))(_set_option(command))
 
 
 def _force_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -112,15 +114,38 @@ def _begin(stage: str, run: Any) -> Any:
     return run
 
 
+class _Shard(click.ParamType):  # type: ignore[type-arg]
+    """I/N, counted from 1."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        number, slash, count = value.partition("/")
+        digits = slash and all(part.isascii() and part.isdigit() for part in (number, count))
+        if digits and 1 <= int(number) <= int(count):
+            return int(number), int(count)
+        self.fail(f"{value!r}: allowed: I/N with I from 1 to N, such as 1/4", param, context)
+
+
 @main.command()
 @_run_options
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: the cores there are]")
+@click.option(
+    "--shard",
+    type=_Shard(),
+    help="Do the I-th of N parts of the files, alike in bytes: for job arrays. The last to end writes the manifest.",
+)
 @_force_option("Tokenize")
-def preprocess(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
+def preprocess(
+    run: Path, overrides: tuple[str, ...], workers: int | None, shard: tuple[int, int] | None, force: bool
+) -> None:
     """Tokenize the text into Megatron's indexed datasets."""
     from cptain.data.preprocess import preprocess as tokenize
 
-    tokenize(_begin("preprocess", _load(run, overrides)), workers or len(os.sched_getaffinity(0)), force)
+    loaded = _load(run, overrides)
+    if shard is None or shard[0] == 1:
+        _begin("preprocess", loaded)
+    tokenize(loaded, workers or len(os.sched_getaffinity(0)), force, shard or (1, 1))
 
 
 @main.command()
@@ -153,35 +178,43 @@ def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc
     if dry_run:
         click.echo(command.shown())
     else:
-        start(_begin("train", loaded), command)
+        if command.is_first_node:
+            _begin("train", loaded)
+        start(loaded, command)
 
 
 class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """A number, or "latest"."""
+    """A number, "latest" or "final"."""
 
-    name = "N|latest"
+    name = "N|latest|final"
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
-        if value in (None, "latest"):
-            return None
-        try:
-            if int(value) > 0:
-                return int(value)
-            raise ValueError
-        except ValueError:
-            self.fail(f'{value!r}: allowed: a number, or "latest"', param, context)
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if value in ("latest", "final"):
+            return str(value)
+        if isinstance(value, int) or (value.isascii() and value.isdigit() and int(value) > 0):
+            return int(value)
+        self.fail(f'{value!r}: allowed: a number, "latest", or "final"', param, context)
 
 
 @main.command()
 @_run_options
-@click.option("--iteration", type=_Iteration(), default="latest", show_default=True, help="Which checkpoint to export.")
+@click.option(
+    "--iteration",
+    type=_Iteration(),
+    default="latest",
+    show_default=True,
+    help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far.",
+)
 @_force_option("Export")
-def export(run: Path, overrides: tuple[str, ...], iteration: int | None, force: bool) -> None:
+def export(run: Path, overrides: tuple[str, ...], iteration: int | str, force: bool) -> None:
     """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
     loaded = _begin("export", _load(run, overrides))
     from cptain.checkpoint.export import export as export_model
+    from cptain.checkpoint.export import final_iteration
 
-    export_model(loaded, iteration, force)
+    if iteration == "final":
+        iteration = final_iteration(loaded)
+    export_model(loaded, None if iteration == "latest" else int(iteration), force)
 
 
 @main.command()
@@ -197,3 +230,37 @@ def verify(a: Path, b: Path, logits: bool) -> None:
     from cptain.checkpoint.verify import verify as compare
 
     compare(a, b, logits)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@_set_option
+@click.option(
+    "--site", metavar="NAME|FILE", help="A site under jobs/sites, or a file of your own.  [default: jobs.site]"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where the scripts go.  [default: the run's jobs folder]")
+@click.option("--check-site", type=click.Path(path_type=Path), metavar="FILE", help="Check a site file, and stop.")
+def jobs(
+    run: Path | None, overrides: tuple[str, ...], site: str | None, out: Path | None, check_site: Path | None
+) -> None:
+    """Render the run's job scripts, and submit.sh, which submits them; print its path.
+
+    The scripts use a copy of the run file as it is now. A [sweep] gives every combination its own.
+    """
+    from cptain.run_file import load_run
+    from cptain.scheduling import render
+
+    if check_site is not None:
+        click.echo(render.check_site(check_site))
+        return
+    if run is None:
+        raise click.UsageError("Missing argument 'RUN'.")
+    typed = " ".join(
+        [str(run), *(f"--set {override}" for override in overrides), *([f"--site {site}"] if site else [])]
+    )
+    rendering = render.render(load_run(run, overrides), run, site, out, typed)
+    for name, folder, chain, changes in rendering.runs:
+        click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
+        for change in changes:
+            click.echo(f"jobs: {name}: changed since the last time: {change}", err=True)
+    click.echo(rendering.submit)

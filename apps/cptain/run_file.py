@@ -5,7 +5,6 @@ absolute. `load_run` is the only way in: it raises `CptainError` (exit status 2)
 key, value and what is allowed.
 """
 
-import json
 import math
 import os
 import re
@@ -16,13 +15,10 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -30,6 +26,7 @@ from pydantic import (
 
 from cptain import atomic
 from cptain.errors import bad_usage
+from cptain.toml_file import Duration, Section, is_section, read_toml, shown, validate
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -92,11 +89,7 @@ Glob = Annotated[str, BeforeValidator(_expand_path)]
 FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Model(_Section):
+class Model(Section):
     """What is trained.
 
     hf: local folder or hub id; the architecture comes from its config.json.
@@ -109,14 +102,14 @@ class Model(_Section):
     megatron: AbsolutePath | None = None
 
 
-class MixPart(_Section):
+class MixPart(Section):
     """A [[data.mix]] table: the files that `input` matches share `weight` parts of the training tokens."""
 
     input: Glob
     weight: PositiveFloat
 
 
-class Data(_Section):
+class Data(Section):
     """What it is trained on.
 
     input: globs of .jsonl, .jsonl.gz and .jsonl.zst files; ** is any depth.
@@ -135,7 +128,7 @@ class Data(_Section):
     on_error: Literal["fail", "skip"] = "fail"
 
 
-class Parallel(_Section):
+class Parallel(Section):
     """How the model is cut over GPUs: tensor × pipeline × context of them hold one copy."""
 
     tensor: PositiveInt = 1
@@ -148,7 +141,7 @@ class Parallel(_Section):
         return self.tensor * self.pipeline * self.context
 
 
-class Train(_Section):
+class Train(Section):
     """How it is trained. Exactly one of steps, tokens and epochs says for how long.
 
     megatron_args: passed to Megatron as written, after every flag that cptain sets, so they win.
@@ -168,7 +161,7 @@ class Train(_Section):
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
     save_interval: PositiveInt = 500
     eval_interval: PositiveInt = 100
-    megatron_args: list[str] = []
+    megatron_args: list[str] = Field(default_factory=list)
     script: AbsolutePath | None = None
 
     @model_validator(mode="after")
@@ -193,29 +186,44 @@ class Train(_Section):
         return self.seq_length * self.global_batch_size
 
 
-class Wandb(_Section):
+class Wandb(Section):
     """Where Weights & Biases shows the run. The API key comes from the environment alone."""
 
     project: str
     entity: str | None = None
 
 
-class Jobs(_Section):
+class Jobs(Section):
     """How the batch scheduler runs it.
 
     site: a name under jobs/sites, or the path of a site file of your own.
-    chain: how many train jobs follow one another, or "auto".
+    group: whose account is charged.
+    nodes: of the train jobs.
+    walltime: of a train job, HH:MM:SS.
+    margin: how long before the walltime training stops, to save, HH:MM:SS.
+    image: the Apptainer image; default: the one that `cptain jobs` runs in.
+    shards: tasks of the preprocess job, which is an array.
+    chain: how many train jobs follow one another; "auto": as many as the steps need, and one more.
+    seconds_per_step: what "auto" reckons with; default: what earlier logs of the run show.
     """
 
     site: Annotated[str, BeforeValidator(_expand_site)] | None = None
-    group: str | None = None
+    group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     nodes: PositiveInt = 1
-    walltime: Annotated[str, Field(pattern=r"^\d+:[0-5]\d:[0-5]\d$")] | None = None
+    walltime: Duration | None = None
+    margin: Duration = "00:10:00"
     image: AbsolutePath | None = None
+    shards: PositiveInt = 4
     chain: PositiveInt | Literal["auto"] = "auto"
+    seconds_per_step: PositiveFloat | None = None
 
 
-class RunFile(_Section):
+def sweep_keys(keys: str) -> list[str]:
+    """The dotted keys of an entry of [sweep]: "train.lr", or several that change together, "train.lr, train.min_lr"."""
+    return [key.strip() for key in keys.split(",")]
+
+
+class RunFile(Section):
     """One experiment; everything it writes lands under `folder`."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w .,+=@-]*$", max_length=200)]
@@ -226,18 +234,21 @@ class RunFile(_Section):
     train: Train
     wandb: Wandb | None = None
     jobs: Jobs = Jobs()
-    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
     @field_validator("sweep")
     @classmethod
-    def _sweep_keys_exist(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for dotted in sweep:
-            section: Any = cls
-            for key in dotted.split("."):
-                annotation = section.model_fields[key].annotation if _is_section(section, key) else None
-                if annotation is None:
-                    raise ValueError(f'no key "{dotted}" in a run file')
-                section = annotation
+    def _sweep_is_of_this_schema(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for keys, rows in sweep.items():
+            for dotted in sweep_keys(keys):
+                section: Any = cls
+                for key in dotted.split("."):
+                    if not is_section(section) or key not in section.model_fields or dotted == "sweep":
+                        raise ValueError(f'no key "{dotted}" in a run file')
+                    section = section.model_fields[key].annotation
+            for row in rows if "," in keys else ():
+                if not isinstance(row, list) or len(row) != len(sweep_keys(keys)):
+                    raise ValueError(f'"{keys}": allowed: lists of {len(sweep_keys(keys))} values; not {shown(row)}')
         return sweep
 
     @property
@@ -274,62 +285,6 @@ class RunFile(_Section):
     def tokenizer(self) -> str:
         """Local folder or hub id of the tokenizer."""
         return self.model.tokenizer or self.model.hf
-
-
-def _is_section(section: Any, key: str) -> bool:
-    return isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields
-
-
-def _shown(value: Any) -> str:
-    """A value as a run file would write it, cut where it is long."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _error_lines(file: Path, document: dict[str, Any], error: ValidationError) -> list[str]:
-    """One line a wrong key: file, key, value, what is allowed."""
-    lines: dict[str, str] = {}
-    for detail in error.errors():
-        key, value = _key_of(document, detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
-        if detail["type"] == "extra_forbidden":
-            message = f"no such key (allowed: {', '.join(_allowed_keys(detail['loc'][:-1]))})"
-        elif detail["type"] == "missing":
-            message = "is missing"
-        shown = "" if isinstance(value, dict) or detail["type"] == "missing" else f" = {_shown(value)}"
-        lines.setdefault(key, f"{file}: {key}{shown}: {message}")
-    return list(lines.values())
-
-
-def _key_of(document: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """The dotted key and the value at pydantic's `location`, some of whose steps name a union's branch and no key."""
-    key, value = "", document
-    for place, step in enumerate(location):
-        if isinstance(value, list) and isinstance(step, int):
-            key, value = f"{key}[{step}]", value[step]
-        elif isinstance(value, dict) and (step in value or place == len(location) - 1):
-            key, value = f"{key}.{step}" if key else str(step), value.get(str(step))
-    return key or "run file", value
-
-
-def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at `location`."""
-    section: Any = RunFile
-    for step in location:
-        if _is_section(section, str(step)):
-            annotation = section.model_fields[str(step)].annotation
-            section = next(
-                (part for part in getattr(annotation, "__args__", (annotation,)) if _has_fields(part)), MixPart
-            )
-    return sorted(section.model_fields)
-
-
-def _has_fields(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, BaseModel)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -383,20 +338,10 @@ def load_run(file: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     Raises:
         CptainError: exit status 2, one line an error.
     """
-    try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        bad_usage(f"{file}: cannot read the run file: {error.strerror}")
-    except UnicodeDecodeError as error:
-        bad_usage(f"{file}: the run file is not UTF-8 (byte {error.start})")
-    except tomllib.TOMLDecodeError as error:
-        bad_usage(f"{file}: not TOML: {error}")
+    document = read_toml(file, "run file")
     for override in overrides:
         _apply_override(document, override)
-    try:
-        return RunFile.model_validate(document, context={"folder": file.resolve().parent})
-    except ValidationError as error:
-        bad_usage("\n".join(_error_lines(file, document, error)))
+    return validate(RunFile, document, file)
 
 
 def refuse_sweep(run: RunFile, file: Path) -> None:
@@ -417,7 +362,7 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
         if isinstance(old, dict) and isinstance(new, dict):
             changes += changed_keys(old, new, f"{prefix}{key}.")
         elif old != new:
-            changes.append(f"{prefix}{key}: {_shown(old)} → {_shown(new)}")
+            changes.append(f"{prefix}{key}: {shown(old)} → {shown(new)}")
     return changes
 
 

@@ -19,9 +19,11 @@ from cptain.atomic import atomic_folder
 from cptain.checkpoint.mapping import Rule, model_order, row_ranges, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
+from cptain.data.manifest import read_manifest
 from cptain.errors import CptainError
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
+from cptain.training.flags import train_steps
 
 # Weights, and what is about the base model alone.
 _LEFT_BEHIND = (
@@ -84,6 +86,22 @@ def _carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
         if key in config:
             config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def final_iteration(run: RunFile) -> int:
+    """The last step that the run file asks for.
+
+    Raises:
+        CptainError: training has not come so far.
+    """
+    steps = train_steps(run, read_manifest(run.data_folder, run.data.input))
+    saved = read_tracker(run.checkpoints_folder)
+    if saved != steps:
+        raise CptainError(
+            f"export: {run.checkpoints_folder} is at step {saved}, and the run has {steps}: "
+            f"train continues it, and --iteration {saved} exports what there is"
+        )
+    return steps
 
 
 def export(run: RunFile, iteration: int | None = None, force: bool = False) -> Path:

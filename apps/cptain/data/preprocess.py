@@ -6,6 +6,7 @@ complete and unchanged is skipped by a later run.
 """
 
 import glob
+import heapq
 import json
 import multiprocessing
 import os
@@ -220,26 +221,47 @@ def _parallel(tasks: list[_Task], tokenizer: Tokenizer, workers: int, progress: 
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def preprocess(run: RunFile, workers: int, force: bool = False) -> list[Record]:
+def shard(tasks: list[_Task], number: int, count: int) -> list[_Task]:
+    """The `number`-th (from 1) of `count` parts of the files, as even in bytes as whole files allow.
+
+    Every process gets the same parts from the same files: the biggest file first, each to the part that has least.
+    """
+    parts: list[list[_Task]] = [[] for _ in range(count)]
+    sizes = [(0, place) for place in range(count)]
+    for task in sorted(tasks, key=lambda task: (-task.record.bytes, task.record.prefix)):
+        size, place = heapq.heappop(sizes)
+        parts[place].append(task)
+        heapq.heappush(sizes, (size + task.record.bytes, place))
+    return parts[number - 1]
+
+
+def _done(task: _Task) -> Record | None:
+    """The record of a file that is done and unchanged."""
+    record = read_record(task.data_folder, task.record.prefix)
+    if record and record.same_input(task.record) and not record.missing_output(task.data_folder):
+        return record
+    return None
+
+
+def preprocess(run: RunFile, workers: int, force: bool = False, part: tuple[int, int] = (1, 1)) -> None:
     """Tokenize every input file of the run that is not done, and write manifest.json.
 
     Args:
         run: the run.
         workers: processes; no more than there are files to do.
         force: redo what is done.
-
-    Returns:
-        The records of all files, in the order of their pairs' names.
+        part: (I, N) does the I-th of N parts; the manifest is written by whichever finds every part done.
 
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
     tokenizer = Tokenizer(run.tokenizer)
-    tasks = _tasks(run, tokenizer)
+    every = _tasks(run, tokenizer)
+    tasks = shard(every, *part)
     done, todo = [], []
     for task in tasks:
-        record = None if force else read_record(run.data_folder, task.record.prefix)
-        if record and record.same_input(task.record) and not record.missing_output(run.data_folder):
+        record = None if force else _done(task)
+        if record:
             done.append(record)
         else:
             todo.append(task)
@@ -255,6 +277,19 @@ def preprocess(run: RunFile, workers: int, force: bool = False) -> list[Record]:
                     done.append(tokenize_file(task, tokenizer, progress.advance))
             else:
                 done.extend(_parallel(todo, tokenizer, workers, progress))
+    if part != (1, 1):
+        records = [_done(task) for task in every]
+        done = [record for record in records if record]
+        missing = len(records) - len(done)
+        others = f"; {missing} files of other parts are not done yet" if missing else ""
+        print(f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}", file=sys.stderr)
+        if missing:
+            return
+    _finish(run, done)
+
+
+def _finish(run: RunFile, done: list[Record]) -> None:
+    """Every file is done: write the manifest and say so."""
     done.sort(key=lambda record: record.prefix)
     for record in done:
         if not record.documents:
@@ -269,4 +304,3 @@ def preprocess(run: RunFile, workers: int, force: bool = False) -> list[Record]:
         f" → {run.data_folder}",
         file=sys.stderr,
     )
-    return done

@@ -7,22 +7,22 @@ status alone: a run is done when the checkpoint's tracker says so.
 import ctypes
 import fcntl
 import json
+import math
 import os
-import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
+from cptain import atomic
 from cptain.architecture import Architecture, model_folder, read_architecture
 from cptain.checkpoint.convert import check_converted_from
 from cptain.checkpoint.export import check_checkpoint
@@ -32,15 +32,13 @@ from cptain.data.manifest import Record, read_manifest
 from cptain.errors import RESUMABLE, CptainError, Interrupted, bad_usage
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
+from cptain.scheduling.nodes import Nodes, check_slots, own_address, read_nodes
 from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags, train_steps
-from cptain.training.log import Step, parse_step, parse_validation
+from cptain.training.follow import Follower, failure_reason, last_lines, only_lost_peers
 
 _GRACE = 30.0  # seconds for torchrun to end its ranks after a second signal
+_LAST_WORD = 10.0  # seconds that a node which only lost its peers leaves them to say why, before it ends the job
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
-_ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
-_USAGE_LINE = re.compile(r"^\S+\.py: error: (.+)")
-_ERROR_LOG_LINE = re.compile(r"^ERROR:[\w.]+:\s*(.+)")
-_SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class Command:
         flags: Megatron's, with their values.
         steps: optimizer steps in all.
         start: steps done before.
+        nodes: the job's, where there are several.
+        interface: the network interface towards the other nodes.
     """
 
     torchrun: list[str]
@@ -60,6 +60,13 @@ class Command:
     flags: list[tuple[str, ...]]
     steps: int
     start: int
+    nodes: Nodes | None = None
+    interface: str = ""
+
+    @property
+    def is_first_node(self) -> bool:
+        """Whether this node is the one of the job that writes what all share."""
+        return self.nodes is None or self.nodes.rank == 0
 
     @property
     def argv(self) -> list[str]:
@@ -131,9 +138,11 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
         CptainError: anything missing, damaged or impossible, before a process is started.
     """
     architecture = read_architecture(model_folder(run.model.hf))
+    nodes = read_nodes()
+    count = len(nodes.hosts) if nodes else 1
     gpu_bytes = None
     if cpu:
-        processes = nproc_per_node or run.parallel.model_size
+        processes = nproc_per_node or math.ceil(run.parallel.model_size / count)
         if run.train.precision == "fp8":
             bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
         if run.parallel.context > 1:
@@ -146,7 +155,9 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
         if gpus and processes > gpus:
             bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
         gpu_bytes = gpu_bytes or _DRY_RUN_GPU_BYTES
-    check_parallel(run, architecture, processes)
+        if nodes and (cores := os.environ.get("CPTAIN_CORES_PER_GPU")):
+            check_slots(nodes, int(cores), processes)
+    check_parallel(run, architecture, processes * count)
     tokenizer_folder = model_folder(run.tokenizer)
     records = _check_data(run, tokenizer_folder)
     start = _start(run, architecture)
@@ -165,13 +176,30 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     )
     if cpu:
         flags = [("--cpu",), *flags]
+    if deadline := _deadline():
+        # Megatron counts in whole minutes; pretrain.py sets its clock so that they end at the deadline.
+        flags += [("--exit-duration-in-mins", str(max(1, math.ceil((deadline - time.time()) / 60))))]
     flags += [(argument,) for argument in run.train.megatron_args]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return Command(torchrun, script, flags, steps, start or 0)
+    address, interface = own_address(nodes) if nodes else ("", "")
+    rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
+    return Command(torchrun, script, flags, steps, start or 0, nodes, interface)
 
 
-def _environment(run: RunFile, error_file: Path) -> dict[str, str]:
+def _deadline() -> float | None:
+    """When a job script wants training to be over, in seconds since the epoch."""
+    value = os.environ.get("CPTAIN_DEADLINE")
+    try:
+        return float(value) if value else None
+    except ValueError:
+        bad_usage(f"CPTAIN_DEADLINE={value}: allowed: seconds since the epoch")
+
+
+def _environment(run: RunFile, command: Command, error_file: Path) -> dict[str, str]:
     environment = dict(os.environ)
+    if command.interface:
+        environment.setdefault("GLOO_SOCKET_IFNAME", command.interface)
+        environment.setdefault("NCCL_SOCKET_IFNAME", command.interface)
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # torchrun copies the first failing rank's error here
     environment["WANDB_DIR"] = str(run.folder)
@@ -217,47 +245,6 @@ def _end_now(process: "subprocess.Popen[str]") -> None:
         process.wait()
 
 
-class _Follower:
-    """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr."""
-
-    def __init__(self, log: TextIO, progress: Progress, seq_length: int) -> None:
-        self.log, self.progress, self.seq_length = log, progress, seq_length
-        self.first: Step | None = None
-        self.last: Step | None = None
-        self.tail: deque[str] = deque(maxlen=400)
-        self._validated = 0
-
-    def line(self, line: str) -> None:
-        self.log.write(line)
-        self.log.flush()
-        self.tail.append(line.rstrip("\n"))
-        if step := parse_step(line):
-            self.first = self.first or step
-            speed = step.global_batch_size * self.seq_length / max(step.seconds, 1e-9)
-            note = f"loss {step.loss:.4f}  lr {step.learning_rate:.3g}  {human(speed)} tokens/s"
-            self.progress.advance(step.number - self.progress.done, note)
-            self.last = step
-        elif (validation := parse_validation(line)) and validation[0] != self._validated:
-            self._validated = validation[0]  # Megatron evaluates once more after the last step
-            self.progress.say(f"train: step {validation[0]}: validation loss {validation[1]:.4f}")
-        elif "successfully saved checkpoint" in line:
-            self.progress.say(f"train: step {self.last.number if self.last else '?'}: saved")
-
-
-def _reason(error_file: Path, tail: "deque[str]") -> str:
-    """Why training failed: the first failing rank's exception, else the last thing in the log that looks like one."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        message = json.loads(error_file.read_text(encoding="utf-8"))["message"]
-        text = message["message"] if isinstance(message, dict) else message
-        if _ERROR_LINE.match(text):
-            return " ".join(text.split())
-    for pattern in (_ERROR_LINE, _USAGE_LINE, _ERROR_LOG_LINE, _SIGNAL_LINE):
-        for line in reversed(tail):
-            if (match := pattern.search(line)) and "ChildFailedError" not in line:
-                return match[1]
-    return next((line.strip() for line in reversed(tail) if line.strip()), "it printed nothing")
-
-
 @contextmanager
 def _alone(run: RunFile) -> Iterator[None]:
     """Refuse a second training of the same run: both would write its checkpoints. The lock ends with the process."""
@@ -270,6 +257,26 @@ def _alone(run: RunFile) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks, as some mounts of Lustre are
         yield
+
+
+def _failure_file(run: RunFile) -> Path:
+    return run.logs_folder / "train-failed.json"
+
+
+def _refuse_to_fail_again(run: RunFile, command: Command) -> None:
+    """In a chain of jobs, do not repeat what failed: the same start has the same end, at the same price.
+
+    A failure that came after new checkpoints is continued from the last of them.
+    """
+    if int(os.environ.get("CPTAIN_LINK") or 1) < 2:
+        return
+    with suppress(OSError, ValueError, KeyError):
+        failure = json.loads(_failure_file(run).read_text(encoding="utf-8"))
+        if failure["saved"] == command.start == failure["start"]:
+            raise CptainError(
+                f"train: the job before failed with nothing new saved, and is not repeated: {failure['reason']} "
+                "(submit.sh train export tries anew)"
+            )
 
 
 def train(run: RunFile, command: Command) -> None:
@@ -287,27 +294,34 @@ def train(run: RunFile, command: Command) -> None:
             file=sys.stderr,
         )
         return
+    _refuse_to_fail_again(run, command)
+    if (deadline := _deadline()) and deadline <= time.time():
+        raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
     run.logs_folder.mkdir(parents=True, exist_ok=True)
-    log_file = run.logs_folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    node = f"-node{command.nodes.rank}" if command.nodes else ""
+    log_file = run.logs_folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
     source = f"step {command.start} of {run.checkpoints_folder}" if command.start else f"{run.megatron_folder}"
-    print(f"train: from {source} to step {command.steps}; log: {log_file}", file=sys.stderr)
+    where = ""
+    if command.nodes:
+        where = f"node {command.nodes.rank + 1} of {len(command.nodes.hosts)}, rendezvous {command.nodes.endpoint}; "
+    print(f"train: from {source} to step {command.steps}; {where}log: {log_file}", file=sys.stderr)
     signalled = ""
     with (
-        _alone(run),
+        _alone(run) if command.is_first_node else nullcontext(),
         tempfile.TemporaryDirectory(prefix="cptain-") as scratch,
         open(log_file, "w", encoding="utf-8") as log,
         Progress("train", command.steps, "step", done=command.start) as progress,
     ):
         error_file = Path(scratch) / "error.json"
         log.write(command.shown() + "\n")
-        follower = _Follower(log, progress, run.train.seq_length)
+        follower = Follower(log, progress, run.train.seq_length)
         process = subprocess.Popen(
             command.argv,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=_environment(run, error_file),
+            env=_environment(run, command, error_file),
             start_new_session=True,  # Ctrl-C reaches cptain alone, which lets the ranks save
             preexec_fn=_die_with_parent,
         )
@@ -327,12 +341,12 @@ def train(run: RunFile, command: Command) -> None:
                 signalled = interrupt.signal_name
                 progress.say(f"train: {signalled}: saving after this step (again: end now)")
                 _ask_to_stop(process)
-        reason = _reason(error_file, follower.tail)
+        reason = failure_reason(error_file, follower.tail)
     _verdict(run, command, follower, status, signalled, reason, log_file)
 
 
 def _verdict(
-    run: RunFile, command: Command, follower: _Follower, status: int, signalled: str, reason: str, log_file: Path
+    run: RunFile, command: Command, follower: Follower, status: int, signalled: str, reason: str, log_file: Path
 ) -> None:
     """Say how training ended; raise unless every step is done and saved."""
     saved = command.start
@@ -345,12 +359,22 @@ def _verdict(
             file=sys.stderr,
         )
     if saved >= command.steps and status == 0:
+        _failure_file(run).unlink(missing_ok=True)
         return
     if signalled or (status == 0 and saved > command.start):
-        how = f"by {signalled}" if signalled else "early"
+        _failure_file(run).unlink(missing_ok=True)
+        late = (deadline := _deadline()) and time.time() >= deadline
+        how = f"by {signalled}" if signalled else "at the job's deadline" if late else "early"
         progress = f"saved at step {saved} of {command.steps}" if saved else "nothing saved yet"
         raise CptainError(f"train: stopped {how}; {progress}; the same command continues", RESUMABLE)
     if "Worker failure" in reason:  # all that Megatron says when a checkpoint cannot be written
         free = shutil.disk_usage(run.checkpoints_folder).free
         reason = f"{run.checkpoints_folder}: cannot be written ({human(free)}B free there): {reason}"
+    if command.nodes:
+        reason = f"{socket.gethostname()}: {reason}"
+        if only_lost_peers(reason):
+            time.sleep(_LAST_WORD)
+    if "CPTAIN_LINK" in os.environ:  # set by the job script: what is printed is the job's own log
+        print(f"train: the last lines of {log_file}:", *last_lines(follower.tail), sep="\n  ", file=sys.stderr)
+    atomic.write_json(_failure_file(run), {"start": command.start, "saved": saved, "reason": reason})
     raise CptainError(f"train: {reason} (log: {log_file})")

@@ -13,6 +13,7 @@ the reason as the last line. How far it came is in the checkpoint's tracker.
 
 import inspect
 import itertools
+import os
 import shlex
 import sys
 import typing
@@ -222,6 +223,18 @@ def _log_every_step_by_itself() -> None:
         training.training_log = lambda *args, **kwargs: log(*args, **{**kwargs, "is_first_iteration": False})
 
 
+def _set_clock() -> None:
+    """Let the minutes of --exit-duration-in-mins end at CPTAIN_DEADLINE, seconds since the epoch.
+
+    Megatron would count them from the moment this process imported it, which the slowest node's start puts off.
+    """
+    from megatron.training import training
+
+    if (deadline := os.environ.get("CPTAIN_DEADLINE")) and "--exit-duration-in-mins" in sys.argv:
+        minutes = int(sys.argv[sys.argv.index("--exit-duration-in-mins") + 1])
+        training._TRAIN_START_TIME = float(deadline) - 60 * minutes
+
+
 def _train() -> None:
     """Train until Megatron stops."""
     import_megatron(CPU)
@@ -229,7 +242,7 @@ def _train() -> None:
     from megatron.training import pretrain
 
     _log_every_step_by_itself()
-
+    _set_clock()
     if "cfg_container" in inspect.signature(pretrain).parameters:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args

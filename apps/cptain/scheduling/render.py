@@ -1,0 +1,324 @@
+"""jobs: from a run file and a site to the job scripts, and to the script that submits them.
+
+The texts are Jinja2 templates in jobs/templates. Whatever a run file says reaches them quoted for the shell, or is of a
+form that needs no quoting; nothing in a run file can run a command in a script.
+"""
+
+import math
+import os
+import re
+import shlex
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tomli_w
+
+from cptain import __version__, atomic
+from cptain.data.manifest import read_manifest
+from cptain.errors import CptainError, bad_usage
+from cptain.image import commit
+from cptain.run_file import RunFile, changed_keys
+from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
+from cptain.scheduling.sweep import expand
+from cptain.toml_file import seconds
+from cptain.training.flags import train_steps
+from cptain.training.log import read_steps, train_logs
+
+STAGES = ("preprocess", "convert", "train", "export")
+_CHAIN_UNKNOWN = 2  # train jobs, where nothing tells how long a step takes
+_LONGEST_CHAIN = 100
+_ARRAY_INDEX = {"pbs": "$PBS_ARRAY_INDEX", "gridengine": "$SGE_TASK_ID", "slurm": "$SLURM_ARRAY_TASK_ID"}
+_DELETE = {"pbs": "qdel", "gridengine": "qdel", "slurm": "scancel", "local": ""}
+_ANOTHER_RUN = {
+    "pbs": "qsub -v RUN=FILE,IMAGE=FILE",
+    "gridengine": "qsub -v RUN=FILE,IMAGE=FILE",
+    "slurm": "sbatch --export=ALL,RUN=FILE,IMAGE=FILE",
+    "local": "RUN=FILE IMAGE=FILE bash",
+}
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """The scripts of one run.
+
+    Attributes:
+        run: the run.
+        folder: where its scripts are.
+        logs: where its jobs are submitted from, and leave their output; None: wherever submit.sh is called.
+        chain: how many train jobs follow one another.
+    """
+
+    run: RunFile
+    folder: Path
+    logs: Path | None
+    chain: int
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(JOBS_FOLDER / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",  # "{#" is bash's, in ${#array[@]}
+        comment_end_string="##}",
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    return environment
+
+
+def _in_double_quotes(value: str) -> str:
+    """A site's value for the shell: $NAME and ${NAME} are the job's, everything else is as written."""
+    escaped = re.sub(r'(["`\\]|\$(?!\{?[A-Za-z_]))', r"\\\1", value)
+    return f'"{escaped}"'
+
+
+def job_name(stage: str, run_name: str) -> str:
+    """What the scheduler shows: letters, digits and ._- alone, which all of them take."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{stage}-{run_name}")[:60].rstrip("-.")
+
+
+def _environment(site: Site) -> list[str]:
+    """The site's variables as NAME="value" for the shell."""
+    settings = dict(site.environment)
+    if site.scratch is not None:
+        settings.setdefault("TMPDIR", site.scratch)
+    if site.cache is not None:
+        settings.setdefault("HF_HOME", f"{site.cache}/huggingface")
+        settings.setdefault("XDG_CACHE_HOME", site.cache)
+    if here := commit():  # rendered inside an image: its jobs expect the same
+        settings.setdefault("CPTAIN_EXPECT_COMMIT", here)
+    return [f"{name}={_in_double_quotes(value)}" for name, value in settings.items()]
+
+
+def _earlier_seconds_per_step(run: RunFile) -> float | None:
+    """The median step of the run's logs, or None."""
+    times = sorted(step.seconds for step in read_steps(train_logs(run.logs_folder)))
+    return times[len(times) // 2] if times else None
+
+
+def _steps(run: RunFile) -> int | None:
+    """Optimizer steps in all; None where they depend on data that is not there yet."""
+    if run.train.epochs is None:
+        return train_steps(run, [])
+    try:
+        return train_steps(run, read_manifest(run.data_folder, run.data.input))
+    except CptainError:
+        return None
+
+
+def chain_length(run: RunFile) -> int:
+    """How many train jobs the run needs: as jobs.chain says, or from the steps, the time of each and the walltime.
+
+    One more than reckoned, for what goes wrong; a job that finds nothing left to do ends at once.
+    """
+    if run.jobs.chain != "auto":
+        return run.jobs.chain
+    if run.jobs.walltime is None:
+        return 1
+    a_step, steps = run.jobs.seconds_per_step or _earlier_seconds_per_step(run), _steps(run)
+    if a_step is None or steps is None:
+        return _CHAIN_UNKNOWN
+    a_job = seconds(run.jobs.walltime) - seconds(run.jobs.margin)
+    needed = math.ceil(steps * a_step / a_job) + 1
+    if needed > _LONGEST_CHAIN:
+        bad_usage(
+            f"jobs.chain: {steps} steps of {a_step:g} s are {needed} jobs of {run.jobs.walltime}: "
+            f"more than {_LONGEST_CHAIN} are submitted only where jobs.chain says so"
+        )
+    return needed
+
+
+def _check(run: RunFile, site: Site, name: str) -> None:
+    """Refuse what the site or the scheduler would."""
+    jobs = run.jobs
+    site.check(name, jobs.nodes, jobs.walltime, jobs.group)
+    if jobs.walltime and seconds(jobs.margin) >= seconds(jobs.walltime):
+        bad_usage(f"jobs.walltime = {jobs.walltime}: nothing is left of it after jobs.margin = {jobs.margin}")
+    for key, value in (("name", run.name), ("work_dir", run.work_dir), ("jobs.image", jobs.image)):
+        if any(ord(character) < 32 for character in str(value)):
+            bad_usage(f"{key} = {str(value)!r}: a control character cannot stand in a job script")
+
+
+def _image(run: RunFile) -> str:
+    """The image's path on the host."""
+    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER")
+    if not image:
+        bad_usage('jobs.image: is missing: allowed: the path of the image, such as "/shared/cptain.sif"')
+    return str(image)
+
+
+def _shortest(*durations: str | None) -> str:
+    return min((duration for duration in durations if duration), key=seconds)
+
+
+def _scripts(
+    run: RunFile, site: Site, run_file: str, rendered_by: str, templates: jinja2.Environment
+) -> dict[str, str]:
+    """The text of the run's stage scripts, by file name."""
+    jobs = run.jobs
+    array = jobs.shards > 1 and site.scheduler != "local"
+    scripts = {}
+    for stage in STAGES:
+        train = stage == "train"
+        options = {
+            "preprocess": f' --shard "{_ARRAY_INDEX.get(site.scheduler)}/{jobs.shards}"' if array else "",
+            "export": " --iteration final",
+        }
+        walltime = jobs.walltime if train else _shortest(site.cpu_walltime, site.max_walltime)
+        directives = [line.replace("{nodes}", str(jobs.nodes)) for line in (site.train if train else site.cpu)]
+        scripts[f"{stage}.sh"] = templates.get_template("stage.sh.j2").render(
+            stage=stage,
+            name=run.name,
+            job_name=job_name(stage, run.name),
+            rendered_by=rendered_by,
+            another_run=f"{_ANOTHER_RUN[site.scheduler]} {stage}.sh",
+            scheduler=site.scheduler,
+            launcher=site.launcher,
+            group=jobs.group,
+            directives=directives,
+            walltime=walltime,
+            tasks=jobs.shards if array and stage == "preprocess" else None,
+            deadline=seconds(walltime) - seconds(jobs.margin) if train and walltime else None,
+            margin=jobs.margin,
+            run_file=run_file,
+            image=_image(run),
+            modules=site.modules,
+            apptainer=site.apptainer,
+            binds=site.binds,
+            environment=_environment(site),
+            nodes=jobs.nodes,
+            gpus=site.gpus,
+            cores_per_gpu=site.cores_per_gpu,
+            options=options.get(stage, ""),
+        )
+    return scripts
+
+
+def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[dict[str, Any]]:
+    """What submit.sh submits, in order: what runs share once, then each run's chain of train jobs and its export."""
+
+    def here(path: Path) -> str:
+        return f'"$here"/{shlex.quote(os.path.relpath(path, submit_folder))}'
+
+    submissions: list[dict[str, Any]] = []
+
+    def submit(name: str, one: _Rendered, stage: str, after: list[str], link: int = 1) -> str:
+        folder = "." if one.logs is None else here(one.logs)
+        script = here(one.folder / f"{stage}.sh")
+        submissions.append({"name": shlex.quote(name), "link": link, "folder": folder, "script": script})
+        submissions[-1]["after"] = [shlex.quote(other) for other in after]
+        return name
+
+    made: dict[tuple[str, Path], str] = {}
+    for number, one in enumerate(rendered, 1):
+        suffix = f"-{number}" if len(rendered) > 1 else ""
+        inputs = []
+        for stage, made_folder in (("preprocess", one.run.data_folder), ("convert", one.run.megatron_folder)):
+            if (stage, made_folder) not in made:
+                made[stage, made_folder] = submit(f"{stage}{suffix}", one, stage, [])
+            inputs.append(made[stage, made_folder])
+        for link in range(1, one.chain + 1):
+            inputs = [submit(f"train{suffix}.{link}", one, "train", inputs, link)]
+        submit(f"export{suffix}", one, "export", inputs)
+    return submissions
+
+
+def _write_script(file: Path, text: str) -> None:
+    with atomic.atomic_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o755)
+
+
+def _frozen(run: RunFile) -> dict[str, Any]:
+    return run.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
+
+
+def _freeze(run: RunFile, file: Path) -> list[str]:
+    """Write the run file that the scripts use, so that later edits of the original change no job; what changed."""
+    content, changes = _frozen(run), []
+    if file.exists():
+        changes = changed_keys(tomllib.loads(file.read_text(encoding="utf-8")), content)
+    atomic.write_text(file, tomli_w.dumps(content))
+    return changes
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What `render` wrote.
+
+    Attributes:
+        submit: the script that submits all jobs.
+        runs: for each its name, its folder of scripts, how many train jobs it has, and what changed in its run file.
+    """
+
+    submit: Path
+    runs: list[tuple[str, Path, int, list[str]]]
+
+
+def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, typed: str) -> Rendering:
+    """Write the job scripts of a run file, or of each run of its [sweep].
+
+    Args:
+        run: the run file, as loaded.
+        file: where it was read.
+        site_name: a name under jobs/sites or a file's path; default: jobs.site.
+        out: where the scripts go; default: the run's jobs folder. With it they name the run file as it was typed.
+        typed: the arguments of `cptain jobs`, for the scripts' first lines.
+
+    Raises:
+        CptainError: exit status 2; what the site would refuse, or what no script can hold.
+    """
+    name = site_name or run.jobs.site
+    if name is None:
+        bad_usage(f"{file}: jobs.site: is missing; --site names one too")
+    site, site_file = load_site(name)
+    rendered_by = f"cptain jobs {typed} (cptain {__version__}, site {site_file.stem})"
+    if any(ord(character) < 32 for character in rendered_by):
+        bad_usage(f"{file}: a path with a control character cannot stand in a job script")
+    templates = _templates()
+    runs = expand(run, file)
+    for one in runs:
+        _check(one, site, site_file.stem)
+    texts = []
+    for one in runs:
+        folder = (out / one.name if run.sweep else out) if out else one.folder / "jobs"
+        frozen = folder / "run.toml" if run.sweep or not out else None
+        rendered = _Rendered(one, folder, None if out else one.logs_folder, chain_length(one))
+        texts.append((rendered, frozen, _scripts(one, site, str(frozen or file), rendered_by, templates)))
+    submit_folder = out or run.folder / "jobs"
+    written = []
+    for rendered, frozen, scripts in texts:
+        changes = _freeze(rendered.run, frozen) if frozen else []
+        for script, text in scripts.items():
+            _write_script(rendered.folder / script, text)
+        if rendered.logs:
+            rendered.logs.mkdir(parents=True, exist_ok=True)
+        written.append((rendered.run.name, rendered.folder, rendered.chain, changes))
+    submit = templates.get_template("submit.sh.j2").render(
+        name=run.name,
+        rendered_by=rendered_by,
+        scheduler=site.scheduler,
+        group=run.jobs.group,
+        image=_image(run),
+        delete=_DELETE[site.scheduler],
+        submissions=_submissions([rendered for rendered, _, _ in texts], submit_folder),
+    )
+    _write_script(submit_folder / "submit.sh", submit)
+    return Rendering(submit_folder / "submit.sh", written)
+
+
+def check_site(file: Path) -> str:
+    """Read a site file, and say what it is.
+
+    Raises:
+        CptainError: exit status 2, one line a wrong key.
+    """
+    site, _ = load_site(str(file))
+    gpus = f"{site.gpus} GPUs a node" if site.gpus else "no GPUs: trains on the CPU"
+    launcher = f"launcher {site.launcher}" if site.launcher else "no launcher: one node a job"
+    return f"{file}: {site.scheduler}, {launcher}, {gpus}"

@@ -1,0 +1,73 @@
+"""What a training's output says while it runs, and why it failed."""
+
+import json
+import re
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from cptain.progress import Progress, human
+from cptain.training.log import Step, parse_step, parse_validation
+
+_LAST_LINES = 20
+_SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
+_ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+_USAGE_LINE = re.compile(r"^\S+\.py: error: (.+)")
+_ERROR_LOG_LINE = re.compile(r"^ERROR:[\w.]+:\s*(.+)")
+_LOST_PEERS = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|ECONN|NCCL|gloo|Rendezvous", re.I)
+_TORCHRUN_REPORT = re.compile(
+    r"torch\.distributed\.elastic|torch/distributed/(run|launcher|elastic)|ChildFailedError|^[=-]{5}"
+)
+_SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
+
+
+class Follower:
+    """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr."""
+
+    def __init__(self, log: TextIO, progress: Progress, seq_length: int) -> None:
+        self.log, self.progress, self.seq_length = log, progress, seq_length
+        self.first: Step | None = None
+        self.last: Step | None = None
+        self.tail: deque[str] = deque(maxlen=400)
+        self._validated = 0
+
+    def line(self, line: str) -> None:
+        self.log.write(line)
+        self.log.flush()
+        self.tail.append(line.rstrip("\n"))
+        if step := parse_step(line):
+            self.first = self.first or step
+            speed = step.global_batch_size * self.seq_length / max(step.seconds, 1e-9)
+            note = f"loss {step.loss:.4f}  lr {step.learning_rate:.3g}  {human(speed)} tokens/s"
+            self.progress.advance(step.number - self.progress.done, note)
+            self.last = step
+        elif (validation := parse_validation(line)) and validation[0] != self._validated:
+            self._validated = validation[0]  # Megatron evaluates once more after the last step
+            self.progress.say(f"train: step {validation[0]}: validation loss {validation[1]:.4f}")
+        elif match := _SAVED.search(line):
+            self.progress.say(f"train: step {match[1]}: saved")
+
+
+def failure_reason(error_file: Path, tail: "deque[str]") -> str:
+    """Why training failed: the first failing rank's exception, else the last thing in the log that looks like one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        message = json.loads(error_file.read_text(encoding="utf-8"))["message"]
+        text = message["message"] if isinstance(message, dict) else message
+        if _ERROR_LINE.match(text):
+            return " ".join(text.split())
+    for pattern in (_ERROR_LINE, _USAGE_LINE, _ERROR_LOG_LINE, _SIGNAL_LINE):
+        for line in reversed(tail):
+            if (match := pattern.search(line)) and "ChildFailedError" not in line:
+                return match[1]
+    return next((line.strip() for line in reversed(tail) if line.strip()), "it printed nothing")
+
+
+def only_lost_peers(reason: str) -> bool:
+    """Whether a failure is what a rank sees when another one, perhaps on another node, has died."""
+    return bool(_LOST_PEERS.search(reason))
+
+
+def last_lines(tail: "deque[str]") -> list[str]:
+    """The last lines that the ranks printed, torchrun's own report left out."""
+    return [line for line in tail if line.strip() and not _TORCHRUN_REPORT.search(line)][-_LAST_LINES:]
