@@ -28,9 +28,14 @@ image sandbox image-cpu: export MEGATRON_REPO := $(MEGATRON_REPO)
 image sandbox image-cpu: export MEGATRON_REF := $(MEGATRON_REF)
 image sandbox image-cpu: export IMAGE_GB := $(IMAGE_GB)
 image sandbox image-cpu: export FORCE := $(FORCE)
-image sandbox image-cpu: export APPTAINER := $(APPTAINER)
+image sandbox image-cpu jobs submit: export APPTAINER := $(APPTAINER)
 
-.PHONY: help demo image sandbox image-cpu test lint clean
+# The jobs (docs/sites.md).
+RUN       ?= runs/swallow-8b.toml
+SITE      ?=
+JOBS       = apptainer/inside.sh '$(IMAGE)' cptain jobs '$(RUN)' $(if $(SITE),--site '$(SITE)')
+
+.PHONY: help demo image sandbox image-cpu jobs submit test lint clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -53,6 +58,12 @@ image-cpu: $(PRIVATE)/base
 endif
 image-cpu: $(filter $(PRIVATE)/%,$(APPTAINER))  ## cptain-cpu.sif, for machines without a GPU
 	@apptainer/build.sh '$(IMAGE_CPU)'
+
+jobs:  ## job scripts for RUN=run.toml, and SITE=name if not jobs.site; runs in the image
+	@$(JOBS)
+
+submit:  ## the same, then submits them
+	@submit=$$($(JOBS)) && bash "$$submit"
 
 $(PRIVATE)/bin/apptainer: apptainer/install.sh apptainer/apt.sh
 	apptainer/install.sh $(PRIVATE)

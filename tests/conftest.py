@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "runs"))
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 RunFileMaker = Callable[..., Path]
 
@@ -43,6 +54,19 @@ def cptain_process(*arguments: object, **options: Any) -> "subprocess.Popen[str]
     """Start a command as a user does, in a process of its own."""
     command = [sys.executable, "-m", "cptain", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run make in the project; its stderr is in stdout."""
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -93,16 +117,7 @@ def model(session_folder: Path, texts: list[str]) -> Path:
     from demo import make_model
 
     folder = session_folder / "model"
-    make_model(
-        folder,
-        texts,
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    make_model(folder, texts, **TINY)
     return folder
 
 
@@ -196,3 +211,39 @@ def trained_run(session_folder: Path, run_content: dict[str, Any], ready_run: Pa
     result = cptain("train", file, "--cpu")
     assert result.exit_code == 0, result.output
     return file
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    """The CPU image: the one that the last tests built, unless something that goes into it is newer."""
+    file = PROJECT / ".apptainer" / "tests.sif"
+    sources = [PROJECT / "Singularity.def", PROJECT / "pyproject.toml", PROJECT / "Makefile"]
+    sources += (PROJECT / "apptainer").glob("*")
+    sources += (PROJECT / "apps").rglob("*.py")
+    sources += (PROJECT / "jobs").glob("*/*")
+    if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
+        assert built.returncode == 0, built.stdout[-4000:]
+    return file
+
+
+@pytest.fixture(scope="session")
+def public() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are for their owner alone."""
+    folder = Path(tempfile.mkdtemp(prefix="cptain-tests-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def apptainer(image: Path, public: Path) -> str:
+    """The apptainer that built the image, where every user can reach it, as `singularity` too: so spython calls it."""
+    found = shutil.which("apptainer")
+    if found is None:
+        shutil.copytree(PROJECT / ".apptainer" / "dist", public / "private" / "dist", symlinks=True)
+        shutil.copytree(PROJECT / ".apptainer" / "bin", public / "private" / "bin", symlinks=True)
+        found = str(public / "private" / "bin" / "apptainer")
+    (public / "bin").mkdir()
+    (public / "bin" / "singularity").symlink_to(found)
+    return found

@@ -14,62 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROJECT, make
 from spython.main import get_client
 
-PROJECT = Path(__file__).resolve().parent.parent
 STAGES = ("preprocess", "convert", "train", "export")
 NOBODY = 65534
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 USERS = ["root", "nobody"] if os.getuid() == 0 else ["the user of the tests"]
 QUICK = ["--set", "train.steps=4", "--set", "train.warmup_steps=1", "--set", "train.save_interval=2"]
-
-
-def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run make in the project; its stderr is in stdout."""
-    return subprocess.run(
-        ["make", "--no-print-directory", *arguments],
-        cwd=PROJECT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-
-
-@pytest.fixture(scope="module")
-def image() -> Path:
-    """The CPU image: the one that the last tests built, unless something that goes into it is newer."""
-    file = PROJECT / ".apptainer" / "tests.sif"
-    sources = [PROJECT / "Singularity.def", PROJECT / "pyproject.toml", PROJECT / "Makefile"]
-    sources += (PROJECT / "apptainer").glob("*")
-    sources += (PROJECT / "apps").rglob("*.py")
-    if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-        built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
-        assert built.returncode == 0, built.stdout[-4000:]
-    return file
-
-
-@pytest.fixture(scope="module")
-def public() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's own are for their owner alone."""
-    folder = Path(tempfile.mkdtemp(prefix="cptain-image-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def apptainer(image: Path, public: Path) -> str:
-    """The apptainer that built the image, where every user can reach it, as `singularity` too: so spython calls it."""
-    found = shutil.which("apptainer")
-    if found is None:
-        shutil.copytree(PROJECT / ".apptainer" / "dist", public / "private" / "dist", symlinks=True)
-        shutil.copytree(PROJECT / ".apptainer" / "bin", public / "private" / "bin", symlinks=True)
-        found = str(public / "private" / "bin" / "apptainer")
-    (public / "bin").mkdir()
-    (public / "bin" / "singularity").symlink_to(found)
-    return found
 
 
 @pytest.fixture(scope="module")

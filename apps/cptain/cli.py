@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it: `cptain --help` answers at 
 """
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -240,25 +241,39 @@ def verify(a: Path, b: Path, logits: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where the scripts go.  [default: the run's jobs folder]")
 @click.option("--check-site", type=click.Path(path_type=Path), metavar="FILE", help="Check a site file, and stop.")
+@click.option(
+    "--state",
+    "submitted",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Say how the submitted jobs are, from the scheduler's words on stdin, and stop: for submit.sh --state.",
+)
 def jobs(
-    run: Path | None, overrides: tuple[str, ...], site: str | None, out: Path | None, check_site: Path | None
+    run: Path | None,
+    overrides: tuple[str, ...],
+    site: str | None,
+    out: Path | None,
+    check_site: Path | None,
+    submitted: Path | None,
 ) -> None:
     """Render the run's job scripts, and submit.sh, which submits them; print its path.
 
     The scripts use a copy of the run file as it is now. A [sweep] gives every combination its own.
     """
     from cptain.run_file import load_run
-    from cptain.scheduling import render
+    from cptain.scheduling import render, state
 
+    if submitted is not None:
+        click.echo("\n".join(state.table(submitted, sys.stdin.read())))
+        return
     if check_site is not None:
         click.echo(render.check_site(check_site))
         return
     if run is None:
         raise click.UsageError("Missing argument 'RUN'.")
-    typed = " ".join(
-        [str(run), *(f"--set {override}" for override in overrides), *([f"--site {site}"] if site else [])]
-    )
-    rendering = render.render(load_run(run, overrides), run, site, out, typed)
+    typed = [str(run), *(word for override in overrides for word in ("--set", override))]
+    typed += [*(["--site", site] if site else []), *(["--out", str(out)] if out else [])]
+    rendering = render.render(load_run(run, overrides), run, site, out, shlex.join(typed))
     for name, folder, chain, changes in rendering.runs:
         click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
         for change in changes:

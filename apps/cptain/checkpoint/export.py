@@ -20,10 +20,10 @@ from cptain.checkpoint.mapping import Rule, model_order, row_ranges, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
 from cptain.data.manifest import read_manifest
+from cptain.data.steps import train_steps
 from cptain.errors import CptainError
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
-from cptain.training.flags import train_steps
 
 # Weights, and what is about the base model alone.
 _LEFT_BEHIND = (

@@ -1,1 +1,1 @@
-"""Batch jobs: sites, job scripts made from run files, and what a job finds out about its nodes."""
+"""Batch jobs: sites, sweeps, job scripts made from run files, and how the submitted jobs are."""

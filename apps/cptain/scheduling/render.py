@@ -18,13 +18,13 @@ import tomli_w
 
 from cptain import __version__, atomic
 from cptain.data.manifest import read_manifest
+from cptain.data.steps import train_steps
 from cptain.errors import CptainError, bad_usage
 from cptain.image import commit
 from cptain.run_file import RunFile, changed_keys
 from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
 from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
-from cptain.training.flags import train_steps
 from cptain.training.log import read_steps, train_logs
 
 STAGES = ("preprocess", "convert", "train", "export")
@@ -215,8 +215,10 @@ def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[dict[st
         return name
 
     made: dict[tuple[str, Path], str] = {}
+    names = [job_name("", one.run.name) for one in rendered]
     for number, one in enumerate(rendered, 1):
-        suffix = f"-{number}" if len(rendered) > 1 else ""
+        unique = names[number - 1] if names.count(names[number - 1]) == 1 else f"-{number}"
+        suffix = unique if len(rendered) > 1 else ""
         inputs = []
         for stage, made_folder in (("preprocess", one.run.data_folder), ("convert", one.run.megatron_folder)):
             if (stage, made_folder) not in made:
@@ -306,6 +308,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         group=run.jobs.group,
         image=_image(run),
         delete=_DELETE[site.scheduler],
+        apptainer=site.apptainer,
         submissions=_submissions([rendered for rendered, _, _ in texts], submit_folder),
     )
     _write_script(submit_folder / "submit.sh", submit)

@@ -6,7 +6,6 @@ checkpoint.
 """
 
 import importlib.util
-import math
 from pathlib import Path
 
 from cptain.architecture import Architecture
@@ -82,28 +81,6 @@ def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path)
                 f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
                 "run preprocess again"
             )
-
-
-def train_steps(run: RunFile, records: list[Record]) -> int:
-    """Optimizer steps in all: as given, or from tokens or epochs, rounded up.
-
-    Raises:
-        CptainError: warm-up longer than the training.
-    """
-    train = run.train
-    if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        tokens, given = float(train.tokens), f"tokens = {train.tokens}"
-    else:
-        weights = [float(part) for part in run.data.split.split(",")]
-        assert train.epochs is not None
-        tokens = train.epochs * sum(record.tokens for record in records) * weights[0] / sum(weights)
-        given = f"epochs = {train.epochs:g}"
-    steps = max(1, math.ceil(tokens / train.tokens_per_step))
-    if train.warmup_steps >= steps:
-        raise CptainError(f"train.warmup_steps = {train.warmup_steps}: {given} is {steps} steps, and must be more", 2)
-    return steps
 
 
 def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Flags:

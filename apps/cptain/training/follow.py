@@ -1,5 +1,6 @@
 """What a training's output says while it runs, and why it failed."""
 
+import itertools
 import json
 import re
 from collections import deque
@@ -16,9 +17,8 @@ _ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception
 _USAGE_LINE = re.compile(r"^\S+\.py: error: (.+)")
 _ERROR_LOG_LINE = re.compile(r"^ERROR:[\w.]+:\s*(.+)")
 _LOST_PEERS = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|ECONN|NCCL|gloo|Rendezvous", re.I)
-_TORCHRUN_REPORT = re.compile(
-    r"torch\.distributed\.elastic|torch/distributed/(run|launcher|elastic)|ChildFailedError|^[=-]{5}"
-)
+# Where torchrun begins to speak of a failure; what the ranks said is before it.
+_TORCHRUN_REPORT = re.compile(r"failed \(exitcode|Sending process \d+ closing signal|<frozen runpy>")
 _SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 
 
@@ -70,4 +70,5 @@ def only_lost_peers(reason: str) -> bool:
 
 def last_lines(tail: "deque[str]") -> list[str]:
     """The last lines that the ranks printed, torchrun's own report left out."""
-    return [line for line in tail if line.strip() and not _TORCHRUN_REPORT.search(line)][-_LAST_LINES:]
+    lines = itertools.takewhile(lambda line: not _TORCHRUN_REPORT.search(line), tail)
+    return [line for line in lines if line.strip()][-_LAST_LINES:]

@@ -29,14 +29,16 @@ from cptain.checkpoint.export import check_checkpoint
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
 from cptain.data.blend import write_blend
 from cptain.data.manifest import Record, read_manifest
+from cptain.data.steps import train_steps
 from cptain.errors import RESUMABLE, CptainError, Interrupted, bad_usage
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
-from cptain.scheduling.nodes import Nodes, check_slots, own_address, read_nodes
-from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags, train_steps
+from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
 from cptain.training.follow import Follower, failure_reason, last_lines, only_lost_peers
+from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 
 _GRACE = 30.0  # seconds for torchrun to end its ranks after a second signal
+_TRIES = 2  # of a chain's jobs at one place
 _LAST_WORD = 10.0  # seconds that a node which only lost its peers leaves them to say why, before it ends the job
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
 
@@ -263,20 +265,30 @@ def _failure_file(run: RunFile) -> Path:
     return run.logs_folder / "train-failed.json"
 
 
-def _refuse_to_fail_again(run: RunFile, command: Command) -> None:
-    """In a chain of jobs, do not repeat what failed: the same start has the same end, at the same price.
+def _failures(run: RunFile, start: int) -> tuple[int, str]:
+    """How many trainings in a row have failed with nothing new saved, and why the last did.
 
-    A failure that came after new checkpoints is continued from the last of them.
+    Args:
+        run: the run.
+        start: steps done before, by all of them.
     """
-    if int(os.environ.get("CPTAIN_LINK") or 1) < 2:
-        return
-    with suppress(OSError, ValueError, KeyError):
+    try:
         failure = json.loads(_failure_file(run).read_text(encoding="utf-8"))
-        if failure["saved"] == command.start == failure["start"]:
-            raise CptainError(
-                f"train: the job before failed with nothing new saved, and is not repeated: {failure['reason']} "
-                "(submit.sh train export tries anew)"
-            )
+        if failure["start"] == failure["saved"] == start:
+            return int(failure["times"]), str(failure["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or one that cannot be read: it forbids nothing
+    return 0, ""
+
+
+def _refuse_to_fail_again(run: RunFile, command: Command) -> None:
+    """In a chain of jobs, go on after a failure, which may have been a node's; not after a second at the same place."""
+    times, reason = _failures(run, command.start)
+    if times >= _TRIES and int(os.environ.get("CPTAIN_LINK") or 1) > 1:
+        raise CptainError(
+            f"train: failed {times} times at step {command.start} with nothing new saved, and is not tried again in "
+            f"this chain: {reason} (submit.sh train export begins another)"
+        )
 
 
 def train(run: RunFile, command: Command) -> None:
@@ -297,6 +309,7 @@ def train(run: RunFile, command: Command) -> None:
     _refuse_to_fail_again(run, command)
     if (deadline := _deadline()) and deadline <= time.time():
         raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
+    failures, _ = _failures(run, command.start)
     run.logs_folder.mkdir(parents=True, exist_ok=True)
     node = f"-node{command.nodes.rank}" if command.nodes else ""
     log_file = run.logs_folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
@@ -342,11 +355,18 @@ def train(run: RunFile, command: Command) -> None:
                 progress.say(f"train: {signalled}: saving after this step (again: end now)")
                 _ask_to_stop(process)
         reason = failure_reason(error_file, follower.tail)
-    _verdict(run, command, follower, status, signalled, reason, log_file)
+    _verdict(run, command, follower, status, signalled, reason, log_file, failures)
 
 
 def _verdict(
-    run: RunFile, command: Command, follower: Follower, status: int, signalled: str, reason: str, log_file: Path
+    run: RunFile,
+    command: Command,
+    follower: Follower,
+    status: int,
+    signalled: str,
+    reason: str,
+    log_file: Path,
+    failures: int,
 ) -> None:
     """Say how training ended; raise unless every step is done and saved."""
     saved = command.start
@@ -372,9 +392,11 @@ def _verdict(
         reason = f"{run.checkpoints_folder}: cannot be written ({human(free)}B free there): {reason}"
     if command.nodes:
         reason = f"{socket.gethostname()}: {reason}"
-        if only_lost_peers(reason):
-            time.sleep(_LAST_WORD)
+    if lost_peers := command.nodes is not None and only_lost_peers(reason):
+        time.sleep(_LAST_WORD)
     if "CPTAIN_LINK" in os.environ:  # set by the job script: what is printed is the job's own log
         print(f"train: the last lines of {log_file}:", *last_lines(follower.tail), sep="\n  ", file=sys.stderr)
-    atomic.write_json(_failure_file(run), {"start": command.start, "saved": saved, "reason": reason})
+    if not lost_peers or _failures(run, command.start)[0] == failures:  # the node that has the reason may have said it
+        failure = {"start": command.start, "saved": saved, "times": failures + 1, "reason": reason}
+        atomic.write_json(_failure_file(run), failure)
     raise CptainError(f"train: {reason} (log: {log_file})")

@@ -17,7 +17,7 @@ from pathlib import Path
 from cptain.errors import CptainError
 
 _FIRST_PORT, _PORTS = 10000, 20000  # below the ports that Linux hands out by itself
-_NAME = re.compile(r"([^,\[\]]*)(?:\[([^\]]*)\]([^,\[\]]*))?")
+_NAME = re.compile(r"([^,\[\]]+)(?:\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]([^,\[\]]*))?")
 _JOIN_SECONDS = 600  # for the slowest node's container to start
 
 
@@ -77,20 +77,17 @@ def expand_nodelist(nodelist: str) -> list[str]:
         CptainError: a list of another form.
     """
     hosts: list[str] = []
-    for match in _NAME.finditer(nodelist):
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        if not (match := _NAME.fullmatch(name)):
+            raise CptainError(f"SLURM_JOB_NODELIST={nodelist}: cannot be read")
         prefix, ranges, suffix = match.groups()
-        if not match.group():
-            continue
-        if ranges is None:
-            hosts.append(prefix)
-            continue
-        for part in ranges.split(","):
+        for part in ranges.split(",") if ranges else ():
             first, _, last = part.partition("-")
-            if not first.isdigit() or not (last or first).isdigit():
-                raise CptainError(f"SLURM_JOB_NODELIST={nodelist}: cannot be read")
-            for number in range(int(first), int(last or first) + 1):
-                hosts.append(f"{prefix}{number:0{len(first)}d}{suffix or ''}")
-    if not hosts or "[" in "".join(hosts):
+            numbers = range(int(first), int(last or first) + 1)
+            hosts += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers]
+        if not ranges:
+            hosts.append(name)
+    if not hosts or "".join(re.findall(r"[\[\]]", nodelist)).replace("[]", ""):
         raise CptainError(f"SLURM_JOB_NODELIST={nodelist}: cannot be read")
     return hosts
 

@@ -1,0 +1,158 @@
+"""How the submitted jobs are, from what the scheduler's own commands print.
+
+submit.sh --state runs those commands on the host, where cptain is not, and pipes their output here: `qstat -x -f -F
+json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one after the other.
+"""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cptain.errors import RESUMABLE, CptainError
+
+_ARRAY_TASK = re.compile(r"\[\d*\]")
+
+
+@dataclass(frozen=True)
+class State:
+    """How a job, or a task of an array, is.
+
+    Attributes:
+        job: the scheduler's id.
+        word: waiting (for other jobs), queued, running, done, stopped (with work left), failed, deleted or never ran.
+        detail: hosts, exit status or the scheduler's reason.
+    """
+
+    job: str
+    word: str
+    detail: str = ""
+
+
+def _ended(job: str, status: int, signal: int = 0, detail: str = "") -> State:
+    """A job that ran, by its exit status."""
+    if signal:
+        return State(job, "deleted" if signal in (9, 15) else "failed", detail or f"ended by signal {signal}")
+    if status == 0:
+        return State(job, "done")
+    if status == RESUMABLE:
+        return State(job, "stopped", "the next train job continues")
+    return State(job, "failed", detail or f"exit status {status}")
+
+
+def _pbs(text: str) -> Iterator[State]:
+    jobs: dict[str, dict[str, Any]] = json.loads(text).get("Jobs", {})
+    for name, job in jobs.items():
+        if job.get("array") == "True" and any(_ARRAY_TASK.sub("[]", other) == name != other for other in jobs):
+            continue  # its tasks say more
+        identity, comment = _ARRAY_TASK.sub("[]", name), job.get("comment", "")
+        state, status = job.get("job_state"), job.get("Exit_status")
+        hosts = ", ".join(dict.fromkeys(part.partition("/")[0] for part in job.get("exec_host", "").split("+")))
+        if state in ("F", "X"):
+            if status is None:
+                yield State(identity, "never ran", f"depends on {job['depend']}" if "depend" in job else comment)
+            elif status > 256:  # PBS adds 256 to the number of a signal
+                yield _ended(identity, 0, status - 256)
+            else:
+                yield _ended(identity, status)
+        elif state in ("R", "E", "B"):
+            yield State(identity, "deleted" if "terminated" in comment else "running", hosts)
+        elif state in ("H", "W"):
+            yield State(identity, "waiting", job.get("depend", comment))
+        else:
+            yield State(identity, "queued", comment)
+
+
+def _slurm(text: str) -> Iterator[State]:
+    for line in text.splitlines():
+        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if "JobState" not in fields:
+            continue
+        job = fields.get("ArrayJobId", fields.get("JobId", ""))
+        state, reason = fields["JobState"], fields.get("Reason", "")
+        status, _, signal = fields.get("ExitCode", "0:0").partition(":")
+        if state == "PENDING":
+            yield State(job, "waiting" if reason == "Dependency" else "queued", reason)
+        elif state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+            yield State(job, "running", fields.get("NodeList", ""))
+        elif state.startswith("CANCELLED"):
+            yield State(job, "deleted" if fields.get("NodeList", "(null)") != "(null)" else "never ran", reason)
+        elif state in ("COMPLETED", "FAILED"):
+            yield _ended(job, int(status), int(signal or 0))
+        else:  # TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, ...
+            yield State(job, "failed", state)
+
+
+def _gridengine(text: str) -> Iterator[State]:
+    listing, _, accounting = text.rpartition("</job_info>")
+    if "<job_info" in listing:
+        for job in ElementTree.fromstring(listing + "</job_info>").iter("job_list"):
+            name, state = job.findtext("JB_job_number", ""), job.findtext("state", "")
+            host = (job.findtext("queue_name") or "").partition("@")[2]
+            if "E" in state:
+                yield State(name, "failed", f"in state {state}: qstat -j {name} says why")
+            elif "d" in state:
+                yield State(name, "deleted", host)
+            elif "h" in state:
+                yield State(name, "waiting")
+            else:
+                yield State(name, "running" if set(state) & set("rt") else "queued", host)
+    for block in re.split(r"^=+$", accounting, flags=re.MULTILINE):
+        fields = dict(line.split(None, 1) for line in block.strip().splitlines() if len(line.split(None, 1)) == 2)
+        if "jobnumber" not in fields:
+            continue
+        name, status, failed = fields["jobnumber"].strip(), int(fields["exit_status"].split()[0]), fields["failed"]
+        if status > 128:
+            yield _ended(name, 0, status - 128)
+        elif failed.split()[0] not in ("0", "100"):
+            yield State(name, "failed", failed.strip())
+        else:
+            yield _ended(name, status)
+
+
+def read_states(text: str) -> list[State]:
+    """The states in a scheduler's output; those of an array have one entry a task.
+
+    Raises:
+        CptainError: output of no scheduler known here.
+    """
+    try:
+        if text.lstrip().startswith("{"):
+            return list(_pbs(text))
+        if "JobId=" in text:
+            return list(_slurm(text))
+        return list(_gridengine(text))
+    except (ValueError, KeyError, ElementTree.ParseError) as error:
+        raise CptainError(f"jobs: what the scheduler says of the jobs cannot be read: {error}") from error
+
+
+def table(submitted: Path, text: str) -> list[str]:
+    """One line a submitted job: its name, its id, and how it is.
+
+    Args:
+        submitted: what submit.sh wrote, a name and an id a line.
+        text: the scheduler's output.
+
+    Raises:
+        CptainError: nothing was submitted, or the output cannot be read.
+    """
+    try:
+        jobs = [line.split() for line in submitted.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise CptainError(f"{submitted}: nothing was submitted: {error.strerror}") from error
+    states = read_states(text)
+    rows = []
+    for name, job in jobs:
+        found = [state for state in states if state.job == job]
+        words = Counter(state.word for state in found)
+        word = ", ".join(f"{count} {word}" for word, count in words.items()) if len(found) > 1 else "".join(words)
+        detail = next((state.detail for state in found if state.detail), "")
+        rows.append((name, job, word or "not known to the scheduler any more", detail))
+    widths = [max(len(row[column]) for row in rows) if rows else 0 for column in range(3)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    ]

@@ -1,0 +1,55 @@
+#!/bin/bash
+# Submits the jobs of swallow-8b-exp1, each after those whose results it needs and checks. Rendered by cptain jobs runs/swallow-8b.toml --site pbs --out jobs (cptain 0.1.0, site pbs)
+set -euo pipefail
+dry_run='' stages='' state=''
+for argument; do
+  case $argument in
+    --dry-run) dry_run=1 ;;
+    --state) state=1 ;;
+    preprocess | convert | train | export) stages+=" $argument" ;;
+    *) echo "usage: submit.sh [--dry-run | --state] [preprocess] [convert] [train] [export]   (default: all four)" >&2; exit 2 ;;
+  esac
+done
+stages=" ${stages:-preprocess convert train export} "
+fail() { echo "submit.sh: $*" >&2; exit 1; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+submitted=$here/submitted
+is_alive() { qstat "$1" > /dev/null 2>&1; }
+if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table of
+  mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
+  qstat -x -f -F json -t "${jobs[@]}" 2> /dev/null |
+    (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain jobs --state submitted)
+  exit
+fi
+if [ -z "$dry_run" ]; then
+  [ -e /gs/bs/tga-okazaki/ma/cptain.sif ] || fail '/gs/bs/tga-okazaki/ma/cptain.sif: no such image (make image builds it)'
+  while read -r name id; do
+    ! is_alive "$id" || fail "$name ($id) has not ended: qdel $id, or wait"
+  done < <(cat "$submitted" 2> /dev/null)
+  : > "$submitted"
+  trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: qdel $(cut -d " " -f 2 "$submitted" | xargs)" >&2' EXIT
+fi
+declare -A ids=()
+
+submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once those have ended
+  local name=$1 link=$2 folder=$3 script=$4 after='' command id
+  [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
+  shift 4
+  for id; do after+=${ids[$id]:+:${ids[$id]}}; done
+  command=(qsub -v "LINK=$link" ${after:+-W "depend=afterany$after"} "$script")
+  if [ "$dry_run" ]; then
+    ids[$name]=ID-of-$name
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  id=$(cd "$folder" && "${command[@]}")
+  ids[$name]=$id
+  echo "$name ${ids[$name]}" | tee -a "$submitted"
+}
+
+submit preprocess 1 . "$here"/preprocess.sh
+submit convert 1 . "$here"/convert.sh
+submit train.1 1 . "$here"/train.sh preprocess convert
+submit train.2 2 . "$here"/train.sh train.1
+submit export 1 . "$here"/export.sh train.2

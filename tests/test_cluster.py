@@ -1,0 +1,362 @@
+"""The rendered jobs on a real Grid Engine and a real Slurm, each with two pretend hosts (tests/cluster), in the image.
+
+PBS Professional is in no package registry: its scripts differ in their headers and in pbs_tmrsh, and what it says is
+tested from recordings in tests/test_jobs.py.
+"""
+
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, TINY, make, write_run_file
+from cptain.run_file import RunFile, load_run
+from cptain.training.log import read_steps, train_logs
+
+CLUSTER = Path(__file__).parent / "cluster"
+HOSTS = ("node0", "node1")
+USER = "jobuser"
+TOGETHER = ("waiting", "queued", "running", "deleted")  # the scheduler still has it
+SITES = {
+    "gridengine": 'scheduler = "gridengine"\nlauncher = "qrsh"\ntrain = ["-l node_f={nodes}"]\nneeds_group = true\n',
+    "slurm": 'scheduler = "slurm"\nlauncher = "srun"\ntrain = ["--nodes={nodes}", "--ntasks-per-node=1"]\n',
+}
+SITES["mpirun"] = SITES["gridengine"].replace('"qrsh"', '"mpirun"')
+
+pytestmark = pytest.mark.skipif(
+    os.getuid() != 0 or not Path("/etc/debian_version").exists(),
+    reason="a scheduler of one's own needs root, and Debian's apt",
+)
+
+
+class Cluster:
+    """A scheduler, and a folder that its hosts share."""
+
+    def __init__(self, name: str, as_user: Path, folder: Path, apptainer: str) -> None:
+        self.name, self.as_user, self.folder, self.apptainer = name, as_user, folder, apptainer
+
+    def run(self, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command as the job user on the first host."""
+        words = [self.as_user, *map(str, command)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=self.folder, **options)
+
+
+class Submitted:
+    """A run whose jobs were rendered, in the image, and submitted."""
+
+    def __init__(self, cluster: Cluster, file: Path) -> None:
+        self.cluster, self.run = cluster, load_run(file)
+        image = cluster.folder / "image"
+        rendered = cluster.run(cluster.apptainer, "--silent", "exec", image, "cptain", "jobs", file)
+        assert rendered.returncode == 0, rendered.stderr
+        self.script = Path(rendered.stdout.strip())
+
+    def submit(self, *stages: str) -> dict[str, str]:
+        """Submit all or some stages; the jobs' ids by name."""
+        done = self.cluster.run("bash", self.script, *stages)
+        assert done.returncode == 0, done.stderr
+        self.jobs = dict(line.split() for line in done.stdout.splitlines())
+        return self.jobs
+
+    def states(self) -> dict[str, str]:
+        """How each job is, as submit.sh --state says."""
+        done = self.cluster.run("bash", self.script, "--state")
+        assert done.returncode == 0, done.stderr
+        rows = [re.split(r" {2,}", line, maxsplit=3) for line in done.stdout.splitlines()]
+        return {row[0]: row[2] for row in rows}
+
+    def wait(self, seconds: float, name: str | None = None) -> dict[str, str]:
+        """Wait until a job, or all, have ended."""
+        deadline = time.monotonic() + seconds
+        states: dict[str, str] = {}
+        while time.monotonic() < deadline:
+            states = self.states()
+            watched = [states[name]] if name else list(states.values())
+            if not any(word in state for state in watched for word in TOGETHER):
+                return states
+            time.sleep(1)
+        raise AssertionError(f"after {seconds} s: {states}\n{self.said()}")
+
+    def said(self, stage: str = "") -> str:
+        """What the jobs of a stage printed."""
+        logs = sorted(self.run.logs_folder.glob(f"{stage}*"), key=lambda path: path.stat().st_mtime)
+        return "\n".join(path.read_text() for path in logs if path.suffix != ".log" and path.suffix != ".json")
+
+    def wait_for_step(self, number: int, seconds: float = 120) -> None:
+        """Wait until training has done a step."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if any(step.number >= number for step in read_steps(train_logs(self.run.logs_folder))):
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"step {number} was not reached in {seconds} s: {self.states()}\n{self.said()}")
+
+
+@pytest.fixture(scope="module")
+def shared(public: Path, apptainer: str, image: Path, text_folder: Path) -> Path:
+    """A folder that the hosts share, with the image, a model and text in it; its name has a space and 日本語."""
+    folder = public / "shared 走る"
+    folder.mkdir()
+    shutil.copytree(text_folder, folder / "text")
+    # A folder: without FUSE a SIF is unpacked at every start.
+    command = [apptainer, "--silent", "build", "--sandbox", str(folder / "image"), str(image)]
+    subprocess.run(command, check=True, capture_output=True)
+    # Made in the image, whose transformers may be older than that of these tests.
+    make = f"from pathlib import Path; from demo import *; make_model(Path('model'), list(python_help()), **{TINY})"
+    command = [apptainer, "--silent", "exec", "--env", f"PYTHONPATH={PROJECT}/runs", "--bind", str(PROJECT)]
+    subprocess.run([*command, folder / "image", "python3", "-c", make], check=True, cwd=folder)
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+    return folder
+
+
+def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[Cluster]:
+    state = public / name
+    command = [CLUSTER / f"{name}.sh", "up", state, *HOSTS]
+    up = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert up.returncode == 0, up.stdout
+    folder = shared / name
+    folder.mkdir()
+    owner = pwd.getpwnam(USER)
+    os.chown(folder, owner.pw_uid, owner.pw_gid)
+    (folder / "image").symlink_to(shared / "image")
+    yield Cluster(name, state / "as-user", folder, apptainer)
+    subprocess.run([CLUSTER / f"{name}.sh", "down", state], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def gridengine(shared: Path, public: Path, apptainer: str) -> Iterator[Cluster]:
+    yield from cluster("gridengine", shared, public, apptainer)
+
+
+@pytest.fixture(scope="module")
+def slurm(shared: Path, public: Path, apptainer: str) -> Iterator[Cluster]:
+    yield from cluster("slurm", shared, public, apptainer)
+
+
+@pytest.fixture(params=["gridengine", "slurm"])
+def scheduler(request: pytest.FixtureRequest) -> Cluster:
+    """Each of both."""
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+RunMaker = Callable[..., Submitted]
+
+
+@pytest.fixture
+def make_submitted(run_content: dict[str, Any], shared: Path, request: pytest.FixtureRequest) -> RunMaker:
+    """Renders a run on a cluster; keyword arguments with __ for dots change keys."""
+
+    def make(cluster: Cluster, site: str | None = None, **changes: Any) -> Submitted:
+        name = request.node.originalname.split("_")[2]
+        folder = cluster.folder / name
+        content = SITES[site or cluster.name] + 'gpus = 0\ncpu_walltime = "00:10:00"\n'
+        content += f'apptainer = "{cluster.apptainer}"\n'
+        content += '[environment]\nOMP_NUM_THREADS = "1"\n'  # both hosts are on these cores
+        site_file = folder / "our site.toml"
+        folder.mkdir()
+        site_file.write_text(content)
+        settings = {
+            "name": name,
+            "model.hf": str(shared / "model"),
+            "data.input": [f"{shared}/text/**/*.jsonl*"],
+            "jobs.site": str(site_file),
+            "jobs.group": "tga-group",
+            "jobs.nodes": 2,
+            "jobs.walltime": "00:10:00",
+            "jobs.margin": "00:01:00",
+            "jobs.image": str(cluster.folder / "image"),
+            "jobs.shards": 2,
+            "jobs.chain": 1,
+            "train.save_interval": 1000,
+            "train.eval_interval": 1000,
+        }
+        changed: Mapping[str, Any] = {key.replace("__", "."): value for key, value in changes.items()}
+        if cluster.name == "slurm":  # its accounts are a matter of a database that this one has not
+            settings["jobs.group"] = None
+        file = write_run_file(folder, run_content, {**settings, **changed})
+        subprocess.run(["chown", "-R", f"{USER}:", folder], check=True)
+        return Submitted(cluster, file)
+
+    return make
+
+
+def saved_step(run: RunFile) -> int:
+    return int((run.checkpoints_folder / "latest_checkpointed_iteration.txt").read_text())
+
+
+def test_the_demo_s_four_stages_on_two_nodes_with_a_deadline_in_between(
+    scheduler: Cluster, make_submitted: RunMaker
+) -> None:
+    """The first train jobs stop at their deadline, 35 s after their start; as many as are needed finish the steps."""
+    submitted = make_submitted(
+        scheduler,
+        train__steps=300,
+        train__global_batch_size=32,
+        jobs__walltime="00:02:00",
+        jobs__margin="00:01:25",
+        jobs__chain=8,
+    )
+    run = submitted.run
+    assert list(submitted.submit()) == ["preprocess", "convert", *(f"train.{link}" for link in range(1, 9)), "export"]
+    again = scheduler.run("bash", submitted.script)
+    assert again.returncode == 1
+    assert re.search(r"submit.sh: \w+(\.\d)? \(\d+\) has not ended: (qdel|scancel) \d+, or wait", again.stderr)
+
+    states = submitted.wait(600)
+    said = submitted.said("train")
+    assert states["preprocess"] == "2 done", submitted.said()
+    assert states["convert"] == states["export"] == "done", submitted.said()
+    assert states["train.1"] == "stopped", said
+    assert states["train.8"] == "done"
+    assert "train: stopped at the job's deadline; saved at step" in said
+    assert "node 1 of 2, rendezvous node" in said
+    assert "node 2 of 2, rendezvous node" in said
+    assert "train: all 300 steps are done" in said  # what a job says that finds nothing left to do
+    assert saved_step(run) == 300
+    found = read_steps(train_logs(run.logs_folder))
+    assert [step.number for step in found] == list(range(1, 301))
+    assert found[-1].loss < found[0].loss - 0.05
+    assert (run.hf_folder / "iter_0000300" / "model.safetensors").is_file()
+    manifest = json.loads((run.data_folder / "manifest.json").read_text())
+    assert manifest["files"] == 3
+    assert not list(run.logs_folder.glob("hosts-*"))
+
+    preprocessed = {path: path.stat().st_mtime_ns for path in run.data_folder.rglob("*.bin")}
+    submitted.submit("preprocess", "convert")
+    assert submitted.wait(120) == {"preprocess": "2 done", "convert": "done"}
+    assert preprocessed == {path: path.stat().st_mtime_ns for path in run.data_folder.rglob("*.bin")}
+
+
+def ranks(host: str) -> list[int]:
+    """The training processes on a pretend host."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"pretrain.py\0--cpu" in line.read_bytes() and b"torch.distributed.run" not in line.read_bytes():
+                name = subprocess.run(
+                    ["nsenter", "--target", line.parent.name, "--uts", "hostname"], capture_output=True, text=True
+                )
+                if name.stdout.strip() == host:
+                    found.append(int(line.parent.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return sorted(found)
+
+
+def test_a_killed_rank_ends_its_job_and_a_deleted_job_is_followed_by_the_next(
+    scheduler: Cluster, make_submitted: RunMaker
+) -> None:
+    submitted = make_submitted(scheduler, train__steps=150, train__save_interval=40, jobs__chain=3)
+    jobs = submitted.submit()
+    submitted.wait_for_step(1)
+    killed_at = time.monotonic()
+    os.kill(ranks("node1")[-1], signal.SIGKILL)
+    states = submitted.wait(70, "train.1")
+    assert time.monotonic() - killed_at < 60
+    assert states["train.1"] == "failed"
+    said = submitted.said("train")
+    assert "cptain: train: node1: SIGKILL (log: " in said
+    assert "train: the last lines of " in said
+    failure = json.loads((submitted.run.logs_folder / "train-failed.json").read_text())
+    assert failure["reason"] == "node1: SIGKILL"
+
+    submitted.wait_for_step(45)
+    delete = "scancel" if scheduler.name == "slurm" else "qdel"
+    assert scheduler.run(delete, jobs["train.2"]).returncode == 0
+    states = submitted.wait(240)
+    assert states["train.2"] in ("deleted", "failed"), states
+    assert states["train.3"] == states["export"] == "done", submitted.said()
+    assert "train: from step " in submitted.said("train")
+    assert saved_step(submitted.run) == 150
+    assert not ranks("node0")
+    assert not ranks("node1")
+
+
+def test_a_stage_that_failed_stops_what_needs_it_and_submitting_again_goes_on(
+    scheduler: Cluster, make_submitted: RunMaker
+) -> None:
+    submitted = make_submitted(scheduler, train__steps=4)
+    weights = scheduler.folder.parent / "model" / "model.safetensors"
+    weights.rename(weights.with_suffix(".away"))
+    try:
+        submitted.submit()
+        states = submitted.wait(120)
+    finally:
+        weights.with_suffix(".away").rename(weights)
+    assert states == {"preprocess": "2 done", "convert": "failed", "train.1": "failed", "export": "failed"}
+    assert re.search(r"^cptain: .*megatron.*\(run convert first\)$", submitted.said("train"), re.MULTILINE)
+    assert "checkpoints" in submitted.said("export")
+    submitted.submit()
+    states = submitted.wait(180)
+    assert set(states.values()) == {"done", "2 done"}, submitted.said()
+
+
+def test_mpirun_starts_the_nodes_too(gridengine: Cluster, make_submitted: RunMaker) -> None:
+    if shutil.which("mpirun") is None:
+        subprocess.run(
+            ["apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-qy", "--no-install-recommends", "openmpi-bin"],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            check=True,
+            capture_output=True,
+        )
+    submitted = make_submitted(gridengine, "mpirun", train__steps=4)
+    submitted.submit()
+    assert set(submitted.wait(180).values()) == {"done", "2 done"}, submitted.said()
+    assert "node 2 of 2, rendezvous node" in submitted.said("train")
+
+
+def test_a_folder_that_the_nodes_do_not_share_and_a_missing_image_are_one_line(
+    gridengine: Cluster, make_submitted: RunMaker
+) -> None:
+    submitted = make_submitted(gridengine)
+    script = submitted.script.with_name("convert.sh")
+    elsewhere = gridengine.run("qsub", "-terse", "-sync", "y", "-v", "RUN=/tmp/only/here.toml", script)
+    assert elsewhere.returncode == 1
+    text = next(gridengine.folder.glob("convert*.o*")).read_text()
+    assert re.fullmatch(r"convert.sh on node\d: /tmp/only/here.toml: no such run file here; it must be on a .*\n", text)
+    next(gridengine.folder.glob("convert*.o*")).unlink()
+    gridengine.run("qsub", "-terse", "-sync", "y", "-v", "IMAGE=/no.sif", script)
+    text = next(gridengine.folder.glob("convert*.o*")).read_text()
+    assert re.fullmatch(r"convert.sh on node\d: /no.sif: no such image here \(make image builds it\)\n", text)
+    submitted.script.write_text(submitted.script.read_text().replace("gridengine/image'", "gridengine/no image'"))
+    gone = gridengine.run("bash", submitted.script)
+    assert gone.returncode == 1
+    assert gone.stderr.splitlines()[0].endswith("no image: no such image (make image builds it)")
+    assert not (submitted.script.parent / "submitted").exists()
+
+
+def test_without_a_scheduler_submit_runs_the_stages_here(
+    shared: Path, apptainer: str, run_content: dict[str, Any], tmp_path: Path
+) -> None:
+    site = tmp_path / "here.toml"
+    site.write_text(f'scheduler = "local"\ngpus = 0\napptainer = "{apptainer}"\n')
+    file = write_run_file(
+        tmp_path, run_content, {"jobs.site": str(site), "jobs.image": str(shared / "image"), "train.steps": 4}
+    )
+    rendered = subprocess.run(
+        [sys.executable, "-m", "cptain", "jobs", file], capture_output=True, text=True, check=True
+    )
+    done = subprocess.run(["bash", rendered.stdout.strip()], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (load_run(file).hf_folder / "iter_0000004" / "model.safetensors").is_file()
+
+
+def test_make_jobs_works_through_the_image(shared: Path, apptainer: str, run_content: dict[str, Any]) -> None:
+    folder = shared / "by make"
+    file = write_run_file(folder, run_content, {"model.hf": str(shared / "model"), "jobs.walltime": "01:00:00"})
+    made = make("jobs", f"RUN={file}", "SITE=slurm", f"IMAGE={shared}/image", f"APPTAINER={apptainer}")
+    assert made.returncode == 0, made.stdout
+    assert made.stdout.splitlines()[-1] == str(load_run(file).folder / "jobs" / "submit.sh")
+    script = (load_run(file).folder / "jobs" / "train.sh").read_text()
+    assert f"IMAGE=${{IMAGE:-'{shared}/image'}}" in script  # the one that it was made in
+    nothing = make("jobs", "IMAGE=/no.sif")
+    assert "/no.sif: no such image; make image builds it" in nothing.stdout
