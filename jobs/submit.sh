@@ -2,14 +2,12 @@
 # Submits the jobs of swallow-8b-exp1, each after those whose results it needs and checks. Rendered by cptain jobs runs/swallow-8b.toml --site pbs --out jobs (cptain 0.1.0, site pbs)
 set -euo pipefail
 dry_run='' stages='' state=''
-for argument; do
-  case $argument in
-    --dry-run) dry_run=1 ;;
-    --state) state=1 ;;
-    preprocess | convert | train | export) stages+=" $argument" ;;
-    *) echo "usage: submit.sh [--dry-run | --state] [preprocess] [convert] [train] [export]   (default: all four)" >&2; exit 2 ;;
-  esac
-done
+for argument; do case $argument in
+  --dry-run) dry_run=1 ;;
+  --state) state=1 ;;
+  preprocess | convert | train | export) stages+=" $argument" ;;
+  *) echo "usage: submit.sh [--dry-run | --state] [preprocess] [convert] [train] [export]   (default: all four)" >&2; exit 2 ;;
+esac; done
 stages=" ${stages:-preprocess convert train export} "
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -32,24 +30,27 @@ fi
 declare -A ids=()
 
 submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once those have ended
-  local name=$1 link=$2 folder=$3 script=$4 after='' command id
+  local name=$1 link=$2 folder=$3 script=$4 after='' variables command id
   [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
   shift 4
   for id; do after+=${ids[$id]:+:${ids[$id]}}; done
-  command=(qsub -v "LINK=$link" ${after:+-W "depend=afterany$after"} "$script")
-  if [ "$dry_run" ]; then
-    ids[$name]=ID-of-$name
-    printf '%q ' "${command[@]}"
-    echo
-    return
-  fi
+  variables=LINK=$link${HF_TOKEN:+,HF_TOKEN}${WANDB_API_KEY:+,WANDB_API_KEY}  # these two by name alone
+  command=(qsub -v "$variables" ${after:+-W "depend=afterany$after"} "$script")
+  if [ "$dry_run" ]; then ids[$name]=ID-of-$name; printf '%q ' "${command[@]}"; echo; return; fi
   id=$(cd "$folder" && "${command[@]}")
   ids[$name]=$id
   echo "$name ${ids[$name]}" | tee -a "$submitted"
 }
 
+finish() {  # SUFFIX CHAIN FOLDER SCRIPTS [NAME...]: a run's train jobs, one after the other, and its export
+  local suffix=$1 chain=$2 folder=$3 scripts=$4 after=("${@:5}") link
+  for ((link = 1; link <= chain; link++)); do
+    submit "train$suffix.$link" "$link" "$folder" "$scripts/train.sh" "${after[@]}"
+    after=("train$suffix.$link")
+  done
+  submit "export$suffix" 1 "$folder" "$scripts/export.sh" "${after[@]}"
+}
+
 submit preprocess 1 . "$here"/preprocess.sh
 submit convert 1 . "$here"/convert.sh
-submit train.1 1 . "$here"/train.sh preprocess convert
-submit train.2 2 . "$here"/train.sh train.1
-submit export 1 . "$here"/export.sh train.2
+finish '' 2 . "$here" preprocess convert

@@ -570,7 +570,7 @@ def state_words(text: str) -> list[tuple[str, str, str]]:
     [
         ("qstat-done", [("0.pbs0", "done", "")]),
         ("qstat-running", [("5.pbs0", "running", "pbs0")]),
-        ("qstat-deleted", [("5.pbs0", "deleted", "pbs0")]),
+        ("qstat-deleted", [("5.pbs0", "ending", "pbs0")]),
         ("qstat-exit7", [("1.pbs0", "failed", "exit status 7")]),
         ("qstat-queued-too-big", [("6.pbs0", "queued", "Can Never Run: Not enough total nodes available")]),
         ("qstat-afterok-of-a-failed-job", [("2.pbs0", "never ran", "depends on afterok:1.pbs0@pbs0")]),

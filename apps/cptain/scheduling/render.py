@@ -199,35 +199,28 @@ def _scripts(
     return scripts
 
 
-def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[dict[str, Any]]:
-    """What submit.sh submits, in order: what runs share once, then each run's chain of train jobs and its export."""
+def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[str]:
+    """submit.sh's last lines: what runs share once, and each run's chain of train jobs and its export."""
 
-    def here(path: Path) -> str:
-        return f'"$here"/{shlex.quote(os.path.relpath(path, submit_folder))}'
+    def here(path: Path | None) -> str:
+        relative = "." if path is None else os.path.relpath(path, submit_folder)
+        return "." if path is None else '"$here"' + ("" if relative == "." else f"/{shlex.quote(relative)}")
 
-    submissions: list[dict[str, Any]] = []
-
-    def submit(name: str, one: _Rendered, stage: str, after: list[str], link: int = 1) -> str:
-        folder = "." if one.logs is None else here(one.logs)
-        script = here(one.folder / f"{stage}.sh")
-        submissions.append({"name": shlex.quote(name), "link": link, "folder": folder, "script": script})
-        submissions[-1]["after"] = [shlex.quote(other) for other in after]
-        return name
-
+    lines: list[str] = []
     made: dict[tuple[str, Path], str] = {}
     names = [job_name("", one.run.name) for one in rendered]
     for number, one in enumerate(rendered, 1):
         unique = names[number - 1] if names.count(names[number - 1]) == 1 else f"-{number}"
         suffix = unique if len(rendered) > 1 else ""
         inputs = []
-        for stage, made_folder in (("preprocess", one.run.data_folder), ("convert", one.run.megatron_folder)):
-            if (stage, made_folder) not in made:
-                made[stage, made_folder] = submit(f"{stage}{suffix}", one, stage, [])
-            inputs.append(made[stage, made_folder])
-        for link in range(1, one.chain + 1):
-            inputs = [submit(f"train{suffix}.{link}", one, "train", inputs, link)]
-        submit(f"export{suffix}", one, "export", inputs)
-    return submissions
+        for stage, folder in (("preprocess", one.run.data_folder), ("convert", one.run.megatron_folder)):
+            if (stage, folder) not in made:
+                made[stage, folder] = f"{stage}{suffix}"
+                lines.append(f"submit {stage}{suffix} 1 {here(one.logs)} {here(one.folder / f'{stage}.sh')}")
+            inputs.append(made[stage, folder])
+        suffix = suffix or "''"
+        lines.append(f"finish {suffix} {one.chain} {here(one.logs)} {here(one.folder)} {' '.join(inputs)}")
+    return lines
 
 
 def _write_script(file: Path, text: str) -> None:

@@ -24,7 +24,8 @@ class State:
 
     Attributes:
         job: the scheduler's id.
-        word: waiting (for other jobs), queued, running, done, stopped (with work left), failed, deleted or never ran.
+        word: waiting (for other jobs), queued, running, ending (was deleted), done, stopped (with work left), failed,
+            deleted or never ran.
         detail: hosts, exit status or the scheduler's reason.
     """
 
@@ -60,7 +61,7 @@ def _pbs(text: str) -> Iterator[State]:
             else:
                 yield _ended(identity, status)
         elif state in ("R", "E", "B"):
-            yield State(identity, "deleted" if "terminated" in comment else "running", hosts)
+            yield State(identity, "ending" if "terminated" in comment else "running", hosts)
         elif state in ("H", "W"):
             yield State(identity, "waiting", job.get("depend", comment))
         else:
@@ -96,7 +97,7 @@ def _gridengine(text: str) -> Iterator[State]:
             if "E" in state:
                 yield State(name, "failed", f"in state {state}: qstat -j {name} says why")
             elif "d" in state:
-                yield State(name, "deleted", host)
+                yield State(name, "ending", host)
             elif "h" in state:
                 yield State(name, "waiting")
             else:

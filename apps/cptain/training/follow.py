@@ -19,6 +19,7 @@ _ERROR_LOG_LINE = re.compile(r"^ERROR:[\w.]+:\s*(.+)")
 _LOST_PEERS = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|ECONN|NCCL|gloo|Rendezvous", re.I)
 # Where torchrun begins to speak of a failure; what the ranks said is before it.
 _TORCHRUN_REPORT = re.compile(r"failed \(exitcode|Sending process \d+ closing signal|<frozen runpy>")
+_NATIVE_FRAME = re.compile(r"frame #\d+: ")
 _SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 
 
@@ -71,4 +72,4 @@ def only_lost_peers(reason: str) -> bool:
 def last_lines(tail: "deque[str]") -> list[str]:
     """The last lines that the ranks printed, torchrun's own report left out."""
     lines = itertools.takewhile(lambda line: not _TORCHRUN_REPORT.search(line), tail)
-    return [line for line in lines if line.strip()][-_LAST_LINES:]
+    return [line for line in lines if line.strip() and not _NATIVE_FRAME.match(line)][-_LAST_LINES:]
