@@ -38,7 +38,9 @@ launch() {  # RANK HOST: one container on that node
   fi
 }
 for rank in "${!names[@]}"; do launch "$rank" "${names[rank]}" & done
-wait -n  # for the first node to end; then the others have a minute to say why, and the scheduler ends what is left
+wait -n  # for the first node to end; then the others have half a minute to say why
 status=$?
-for _ in {1..60}; do [ "$(jobs -rp)" ] || break; sleep 1; done
+for _ in {1..30}; do [ "$(jobs -rp)" ] || break; sleep 1; done
+mapfile -t left < <(jobs -rp)
+[ ${#left[@]} = 0 ] || kill "${left[@]}"  # and the scheduler ends what they started
 case $status in 0 | 2 | 75) exit $status ;; *) exit 1 ;; esac  # 75: work remains, and the next job continues

@@ -25,7 +25,7 @@ from cptain.training.log import read_steps, train_logs
 CLUSTER = Path(__file__).parent / "cluster"
 HOSTS = ("node0", "node1")
 USER = "jobuser"
-UNDER_WAY = ("waiting", "queued", "running", "ending")
+UNDER_WAY = ("waiting", "queued", "running", "ending", "unknown")  # unknown: not yet in Grid Engine's accounts
 SITES = {
     "gridengine": 'scheduler = "gridengine"\nlauncher = "qrsh"\ntrain = ["-l node_f={nodes}"]\nneeds_group = true\n',
     "slurm": 'scheduler = "slurm"\nlauncher = "srun"\ntrain = ["--nodes={nodes}", "--ntasks-per-node=1"]\n',
@@ -197,17 +197,17 @@ def saved_step(run: RunFile) -> int:
 def test_the_demo_s_four_stages_on_two_nodes_with_a_deadline_in_between(
     scheduler: Cluster, make_submitted: RunMaker
 ) -> None:
-    """The first train jobs stop at their deadline, 35 s after their start; as many as are needed finish the steps."""
+    """The first train jobs stop at their deadline, 30 s after their start; as many as are needed finish the steps."""
     submitted = make_submitted(
         scheduler,
-        train__steps=300,
+        train__steps=500,
         train__global_batch_size=32,
         jobs__walltime="00:02:00",
-        jobs__margin="00:01:25",
-        jobs__chain=8,
+        jobs__margin="00:01:30",
+        jobs__chain=10,
     )
     run = submitted.run
-    assert list(submitted.submit()) == ["preprocess", "convert", *(f"train.{link}" for link in range(1, 9)), "export"]
+    assert list(submitted.submit()) == ["preprocess", "convert", *(f"train.{link}" for link in range(1, 11)), "export"]
     again = scheduler.run("bash", submitted.script)
     assert again.returncode == 1
     assert re.search(r"submit.sh: \w+(\.\d)? \(\d+\) has not ended: (qdel|scancel) \d+, or wait", again.stderr)
@@ -217,16 +217,16 @@ def test_the_demo_s_four_stages_on_two_nodes_with_a_deadline_in_between(
     assert states["preprocess"] == "2 done", submitted.said()
     assert states["convert"] == states["export"] == "done", submitted.said()
     assert states["train.1"] == "stopped", said
-    assert states["train.8"] == "done"
+    assert states["train.10"] == "done"
     assert "train: stopped at the job's deadline; saved at step" in said
     assert "node 1 of 2, rendezvous node" in said
     assert "node 2 of 2, rendezvous node" in said
-    assert "train: all 300 steps are done" in said  # what a job says that finds nothing left to do
-    assert saved_step(run) == 300
+    assert "train: all 500 steps are done" in said  # what a job says that finds nothing left to do
+    assert saved_step(run) == 500
     found = read_steps(train_logs(run.logs_folder))
-    assert [step.number for step in found] == list(range(1, 301))
+    assert [step.number for step in found] == list(range(1, 501))
     assert found[-1].loss < found[0].loss - 0.05
-    assert (run.hf_folder / "iter_0000300" / "model.safetensors").is_file()
+    assert (run.hf_folder / "iter_0000500" / "model.safetensors").is_file()
     manifest = json.loads((run.data_folder / "manifest.json").read_text())
     assert manifest["files"] == 3
     assert not list(run.logs_folder.glob("hosts-*"))
@@ -328,10 +328,12 @@ def test_a_folder_that_the_nodes_do_not_share_and_a_missing_image_are_one_line(
     gridengine.run("qsub", "-terse", "-sync", "y", "-v", "IMAGE=/no.sif", script)
     text = next(gridengine.folder.glob("convert*.o*")).read_text()
     assert re.fullmatch(r"convert.sh on node\d: /no.sif: no such image here \(make image builds it\)\n", text)
-    submitted.script.write_text(submitted.script.read_text().replace("gridengine/image'", "gridengine/no image'"))
+    image = gridengine.folder / "image"
+    image.rename(gridengine.folder / "moved")
     gone = gridengine.run("bash", submitted.script)
+    (gridengine.folder / "moved").rename(image)
     assert gone.returncode == 1
-    assert gone.stderr.splitlines()[0].endswith("no image: no such image (make image builds it)")
+    assert gone.stderr == f"submit.sh: {image}: no such image (make image builds it)\n"
     assert not (submitted.script.parent / "submitted").exists()
 
 
@@ -341,7 +343,14 @@ def test_without_a_scheduler_submit_runs_the_stages_here(
     site = tmp_path / "here.toml"
     site.write_text(f'scheduler = "local"\ngpus = 0\napptainer = "{apptainer}"\n')
     file = write_run_file(
-        tmp_path, run_content, {"jobs.site": str(site), "jobs.image": str(shared / "image"), "train.steps": 4}
+        tmp_path,
+        run_content,
+        {
+            "model.hf": str(shared / "model"),
+            "jobs.site": str(site),
+            "jobs.image": str(shared / "image"),
+            "train.steps": 4,
+        },
     )
     rendered = subprocess.run(
         [sys.executable, "-m", "cptain", "jobs", file], capture_output=True, text=True, check=True
@@ -363,45 +372,32 @@ def test_make_jobs_works_through_the_image(shared: Path, apptainer: str, run_con
     assert "/no.sif: no such image; make image builds it" in nothing.stdout
 
 
-def test_the_pbs_scripts_start_their_nodes_with_pbs_tmrsh(
-    gridengine: Cluster, make_submitted: RunMaker, public: Path
-) -> None:
-    """PBS is not to be had: its pbs_tmrsh is played here, which starts a command with its arguments as they are on a
-    host of PBS_NODEFILE, in the home folder; variables and files are those of the recorded jobs.
+def test_the_pbs_scripts_start_their_nodes_with_pbs_tmrsh(gridengine: Cluster, make_submitted: RunMaker) -> None:
+    """PBS is not to be had. Its scripts run here in a job of Grid Engine's, with the variables of recorded jobs, and its
+    pbs_tmrsh, which starts a command with its arguments as they are on a host of PBS_NODEFILE, is played by qrsh.
     """
     submitted = make_submitted(gridengine, "pbs", train__steps=4)
     folder = submitted.script.parent
     played = folder / "bin" / "pbs_tmrsh"
     played.parent.mkdir()
-    enter = f"{CLUSTER}/hosts.sh run {public}/gridengine/hosts"
-    played.write_text(f'#!/bin/bash\ngrep -q "^$1$" "$PBS_NODEFILE" || exit 255\ncd\nexec {enter} "$@"\n')
+    played.write_text(
+        '#!/bin/bash\ngrep -qx "$1" "$PBS_NODEFILE" || exit 255\nexec qrsh -inherit "$1" "$(printf "%q " "${@:2}")"\n'
+    )
     played.chmod(0o755)
-    nodefile = folder / "12.pbs0"
-    nodefile.write_text("node0\nnode0\nnode1\nnode1\n")
-    job = {
-        "PATH": f"{played.parent}:{os.environ['PATH']}",
-        "HOME": "/root",
-        "PBS_O_WORKDIR": str(submitted.run.logs_folder),
-        "PBS_NODEFILE": str(nodefile),
-        "PBS_JOBID": "12.pbs0",
-    }
-    for script, variables in (
-        ("preprocess.sh", {"PBS_ARRAY_INDEX": "1"}),
-        ("preprocess.sh", {"PBS_ARRAY_INDEX": "2"}),
-        ("convert.sh", {}),
-        ("train.sh", {"LINK": "1"}),
-        ("export.sh", {}),
-    ):
-        words = [f"{name}={value}" for name, value in (job | variables).items()]
-        done = subprocess.run(
-            [*enter.split(), "node0", "env", "-i", *words, "bash", folder / script],
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert done.returncode == 0, (script, done.stderr)
-        if script == "train.sh":
-            assert "node 2 of 2, rendezvous node0:10012" in done.stderr
+    job = folder / "as PBS does.sh"
+    lines = [
+        "#!/bin/bash",
+        f"export PATH='{played.parent}':$PATH PBS_JOBID=12.pbs0 PBS_O_WORKDIR='{submitted.run.logs_folder}'",
+        f"export PBS_NODEFILE='{folder}/12.pbs0'",
+        """awk '{ print $1; print $1 }' "$PE_HOSTFILE" > "$PBS_NODEFILE"; unset PE_HOSTFILE; cd /""",
+        *(f"PBS_ARRAY_INDEX={task} bash '{folder}/preprocess.sh' || exit" for task in (1, 2)),
+        *(f"bash '{folder}/{stage}.sh' || exit" for stage in ("convert", "train", "export")),
+    ]
+    job.write_text("\n".join(lines) + "\n")
+    options = ("-terse", "-sync", "y", "-cwd", "-j", "y", "-l", "node_f=2", "-l", "h_rt=00:05:00")
+    done = gridengine.run("qsub", *options, job)
+    said = next(gridengine.folder.glob("as*.o*")).read_text()
+    assert done.returncode == 0, said
+    assert re.search(r"node 2 of 2, rendezvous node\d:10012", said)
     assert saved_step(submitted.run) == 4
     assert not list(submitted.run.logs_folder.glob("hosts-*"))

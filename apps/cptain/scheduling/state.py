@@ -152,7 +152,7 @@ def table(submitted: Path, text: str) -> list[str]:
         words = Counter(state.word for state in found)
         word = ", ".join(f"{count} {word}" for word, count in words.items()) if len(found) > 1 else "".join(words)
         detail = next((state.detail for state in found if state.detail), "")
-        rows.append((name, job, word or "not known to the scheduler any more", detail))
+        rows.append((name, job, word or "unknown", detail))
     widths = [max(len(row[column]) for row in rows) if rows else 0 for column in range(3)]
     return [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
