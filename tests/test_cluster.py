@@ -373,7 +373,7 @@ def test_make_jobs_works_through_the_image(shared: Path, apptainer: str, run_con
 
 
 def test_the_pbs_scripts_start_their_nodes_with_pbs_tmrsh(gridengine: Cluster, make_submitted: RunMaker) -> None:
-    """PBS is not to be had. Its scripts run here in a job of Grid Engine's, with the variables of recorded jobs, and its
+    """PBS is not to be had. Its scripts run here in a job of Grid Engine, with the variables of recorded jobs, and its
     pbs_tmrsh, which starts a command with its arguments as they are on a host of PBS_NODEFILE, is played by qrsh.
     """
     submitted = make_submitted(gridengine, "pbs", train__steps=4)
