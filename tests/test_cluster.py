@@ -384,7 +384,7 @@ def test_the_pbs_scripts_start_their_nodes_with_pbs_tmrsh(gridengine: Cluster, m
         '#!/bin/bash\ngrep -qx "$1" "$PBS_NODEFILE" || exit 255\nexec qrsh -inherit "$1" "$(printf "%q " "${@:2}")"\n'
     )
     played.chmod(0o755)
-    job = folder / "as PBS does.sh"
+    job = folder / "as-pbs.sh"
     lines = [
         "#!/bin/bash",
         f"export PATH='{played.parent}':$PATH PBS_JOBID=12.pbs0 PBS_O_WORKDIR='{submitted.run.logs_folder}'",
@@ -396,7 +396,7 @@ def test_the_pbs_scripts_start_their_nodes_with_pbs_tmrsh(gridengine: Cluster, m
     job.write_text("\n".join(lines) + "\n")
     options = ("-terse", "-sync", "y", "-cwd", "-j", "y", "-l", "node_f=2", "-l", "h_rt=00:05:00")
     done = gridengine.run("qsub", *options, job)
-    said = next(gridengine.folder.glob("as*.o*")).read_text()
+    said = next(gridengine.folder.glob("as-pbs.sh.o*")).read_text()
     assert done.returncode == 0, said
     assert re.search(r"node 2 of 2, rendezvous node\d:10012", said)
     assert saved_step(submitted.run) == 4
