@@ -515,11 +515,13 @@ def test_ipv6_addresses_are_put_in_brackets() -> None:
 
 def test_torchrun_really_meets_over_ipv6(tmp_path: Path) -> None:
     """Two nodes on one machine: the endpoint, and all that is said of it, is what torchrun takes."""
-    nodes = [Nodes("90001", ["::1", "::1"], [], rank) for rank in (0, 1)]
+    with socket.socket(socket.AF_INET6) as probe:
+        job = next(job for job in range(5000, 9000) if probe.connect_ex(("::1", 10000 + job)))
+    nodes = [Nodes(str(job), ["::1", "::1"], [], rank) for rank in (0, 1)]
     script = tmp_path / "hello.py"
     script.write_text(
         "import torch.distributed as d\nd.init_process_group('gloo')\nx = [None, None]\n"
-        "d.all_gather_object(x, d.get_rank())\nprint('met', x)\n"
+        "d.all_gather_object(x, d.get_rank())\nprint('met', x)\nd.barrier()\nd.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run"]
     processes = [
@@ -531,10 +533,14 @@ def test_torchrun_really_meets_over_ipv6(tmp_path: Path) -> None:
         )
         for node in nodes
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert "met [0, 1]" in output
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            assert "met [0, 1]" in output
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_slots_say_how_many_gpus_a_host_gives(tmp_path: Path) -> None:
