@@ -130,15 +130,27 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]
 
 @main.command()
 @_run_options
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: the cores there are]")
+@click.option("--workers", type=click.IntRange(min=1), help="Cores to use.  [default: those there are]")
 @click.option(
     "--shard",
     type=_Shard(),
     help="Do the I-th of N parts of the files, alike in bytes: for job arrays. The last to end writes the manifest.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "hf"]),
+    default="auto",
+    show_default=True,
+    help="hf: encode with Hugging Face's own library even where a faster one gives the same ids.",
+)
 @_force_option("Tokenize")
 def preprocess(
-    run: Path, overrides: tuple[str, ...], workers: int | None, shard: tuple[int, int] | None, force: bool
+    run: Path,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    shard: tuple[int, int] | None,
+    backend: str,
+    force: bool,
 ) -> None:
     """Tokenize the text into Megatron's indexed datasets."""
     from cptain.data.preprocess import preprocess as tokenize
@@ -146,7 +158,7 @@ def preprocess(
     loaded = _load(run, overrides)
     if shard is None or shard[0] == 1:
         _begin("preprocess", loaded)
-    tokenize(loaded, workers or len(os.sched_getaffinity(0)), force, shard or (1, 1))
+    tokenize(loaded, workers or len(os.sched_getaffinity(0)), force, shard or (1, 1), backend)
 
 
 @main.command()

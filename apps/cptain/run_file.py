@@ -118,6 +118,9 @@ class Data(Section):
     mix: how files blend: "tokens" (every token once), "uniform" (every file alike), or [[data.mix]] tables.
     split: weights of train, validation and test.
     on_error: "fail" at the first bad line, or "skip" and keep it in a side file.
+    strip: cut white space off both ends of every text, as the lab's fork of Megatron-LM does; upstream does not.
+    check_fraction: of the documents, encoded by Hugging Face's own library too; a difference ends the run.
+    max_document_bytes: a longer line is a bad one.
     """
 
     input: Annotated[list[Glob], Field(min_length=1)]
@@ -126,6 +129,9 @@ class Data(Section):
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
     split: Annotated[str, AfterValidator(_split)] = "970,30,0"
     on_error: Literal["fail", "skip"] = "fail"
+    strip: bool = False
+    check_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    max_document_bytes: PositiveInt = 1 << 28
 
 
 class Parallel(Section):

@@ -34,7 +34,7 @@ def prompt_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         from cptain.data.tokenizer import Tokenizer
 
-        return [ids[:_LONGEST] for ids in Tokenizer(str(folder)).encode(list(PROMPTS))]
+        return [ids[:_LONGEST] for ids in Tokenizer(str(folder), backend="hf").exact(list(PROMPTS))]
     random = np.random.default_rng(0)
     return [random.integers(0, vocab_size, 64).tolist() for _ in PROMPTS]
 

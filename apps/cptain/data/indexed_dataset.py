@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset, written one document at a time.
+"""Megatron's indexed dataset, written a block of documents at a time.
 
 The .bin file is token ids and nothing else. The .idx file, little-endian (`megatron.core.datasets.indexed_dataset`):
 
@@ -13,6 +13,7 @@ The .bin file is token ids and nothing else. The .idx file, little-endian (`mega
 """
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class IndexedDatasetWriter:
-    """Appends documents of one sequence each to a .bin file; `write_index` then writes the .idx file.
+    """Appends documents to a .bin file; `write_index` then writes the .idx file.
 
     Args:
         bin_file: the .bin file, created.
@@ -38,42 +39,89 @@ class IndexedDatasetWriter:
 
     def __init__(self, bin_file: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
         self.dtype = dtype
-        self._bin = open(bin_file, "wb", buffering=1 << 20)  # noqa: SIM115 closed by write_index or close
-        self._lengths: list[int] = []
-        self._sequences_before = [0]
-        self.tokens = 0
+        self._bin = open(bin_file, "wb", buffering=0)  # noqa: SIM115 closed by write_index or close
+        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._counts: list[npt.NDArray[np.int64]] = []
+        self.documents = self.tokens = 0
 
-    @property
-    def documents(self) -> int:
-        """Documents added, those without ids included."""
-        return len(self._sequences_before) - 1
-
-    def add(self, ids: npt.ArrayLike) -> None:
-        """Append one document.
-
-        One without ids keeps its place among the documents and adds no sequence, as in Megatron.
-        """
-        array = np.asarray(ids, dtype=self.dtype)
-        if array.size:
-            self._bin.write(array.tobytes())
-            self._lengths.append(array.size)
-            self.tokens += array.size
-        self._sequences_before.append(len(self._lengths))
+    def add(self, documents: "EncodedDocuments") -> None:
+        """Append documents."""
+        view = documents.ids.data.cast("B")
+        while view:  # a raw file may take less than it is given
+            view = view[self._bin.write(view) :]
+        self._lengths.append(documents.lengths)
+        self._counts.append(documents.sequences)
+        self.documents += len(documents.sequences)
+        self.tokens += len(documents.ids)
 
     def close(self) -> None:
-        """Flush and close the .bin file."""
+        """Close the .bin file."""
         self._bin.close()
 
     def write_index(self, idx_file: Path) -> None:
         """Close the .bin file and write the .idx file that belongs to it."""
         self.close()
-        lengths = np.array(self._lengths, dtype="<i4")
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype="<i4")
         offsets = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         offsets *= np.dtype(self.dtype).itemsize
+        before = np.zeros(self.documents + 1, dtype="<i8")
+        if self._counts:
+            np.cumsum(np.concatenate(self._counts), out=before[1:])
         with open(idx_file, "wb") as file:
-            header = struct.pack("<QBQQ", 1, _DTYPE_CODES[self.dtype], len(lengths), len(self._sequences_before))
+            header = struct.pack("<QBQQ", 1, _DTYPE_CODES[self.dtype], len(lengths), len(before))
             file.write(MAGIC + header)
             file.write(lengths.tobytes())
             file.write(offsets.tobytes())
-            file.write(np.array(self._sequences_before, dtype="<i8").tobytes())
+            file.write(before.tobytes())
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents as they are written.
+
+    Attributes:
+        ids: of all sequences one after the other, EOD included, in the data set's dtype.
+        lengths: ids of each sequence that has any.
+        sequences: how many of those each document has; 0 for one without ids, which keeps its place all the same.
+    """
+
+    ids: npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.int64]
+
+
+def with_eod(
+    ids: npt.NDArray[np.uint32],
+    lengths: npt.NDArray[np.int64],
+    sequences: list[int] | None,
+    eod: int,
+    dtype: type[np.uint16] | type[np.int32],
+) -> EncodedDocuments:
+    """Append EOD to the last sequence of every document that has ids.
+
+    Args:
+        ids: of all sequences one after the other.
+        lengths: ids of each sequence.
+        sequences: how many sequences each document has; None: one.
+        eod: the id.
+        dtype: of the data set.
+    """
+    kept = lengths > 0
+    count = len(lengths) if sequences is None else len(sequences)
+    document = np.arange(count) if sequences is None else np.repeat(np.arange(count), sequences)
+    document = document[kept]
+    last = np.ones(len(document), dtype=bool)
+    last[:-1] = document[1:] != document[:-1]
+    total = lengths[kept] + last
+    ends = np.cumsum(total)
+    out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint32)
+    is_text = np.ones(len(out), dtype=bool)
+    is_text[ends[last] - 1] = False
+    out[is_text] = ids
+    out[~is_text] = eod
+    return EncodedDocuments(
+        out.astype(np.uint16) if dtype is np.uint16 else out.view(np.int32),
+        total.astype("<i4"),
+        np.bincount(document, minlength=count),
+    )

@@ -27,10 +27,13 @@ class Record:
         mtime_ns: modification time of the input file, nanoseconds since the epoch.
         key: the key of the texts.
         on_error: what was done with bad lines.
+        strip: whether white space was cut off the texts.
         tokenizer: hash of the tokenizer (`cptain.data.tokenizer.tokenizer_hash`).
         documents: documents written.
         tokens: ids written, BOS and EOD included.
+        lines: of the input file; each is a document, skipped or blank.
         skipped: bad lines, kept in <prefix>.skipped.jsonl.
+        blank: lines of white space.
         bin_bytes: size of the .bin file.
         idx_bytes: size of the .idx file.
     """
@@ -41,16 +44,19 @@ class Record:
     mtime_ns: int
     key: str
     on_error: str
+    strip: bool
     tokenizer: str
     documents: int
     tokens: int
+    lines: int
     skipped: int
+    blank: int
     bin_bytes: int
     idx_bytes: int
 
     def same_input(self, other: "Record") -> bool:
         """Whether both describe the same work: file, options and tokenizer."""
-        keys = ("input", "prefix", "bytes", "mtime_ns", "key", "on_error", "tokenizer")
+        keys = ("input", "prefix", "bytes", "mtime_ns", "key", "on_error", "strip", "tokenizer")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def missing_output(self, data_folder: Path) -> str | None:
@@ -83,7 +89,10 @@ def read_record(data_folder: Path, prefix: str) -> Record | None:
 
 def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]) -> None:
     """Write manifest.json with its totals, for the globs of data.input."""
-    totals = {key: sum(getattr(record, key) for record in records) for key in ("documents", "tokens", "skipped")}
+    totals = {
+        key: sum(getattr(record, key) for record in records)
+        for key in ("documents", "tokens", "lines", "skipped", "blank")
+    }
     content = {"input": patterns, "files": len(records), **totals, "records": [asdict(record) for record in records]}
     atomic.write_json(data_folder / FILE_NAME, content)
 

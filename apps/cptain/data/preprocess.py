@@ -8,12 +8,15 @@ complete and unchanged is skipped by a later run.
 import glob
 import heapq
 import json
+import math
 import multiprocessing
 import os
+import random
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +24,13 @@ from typing import Any
 
 from cptain.atomic import atomic_file, remove_stale_partials
 from cptain.data import reader
-from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter, token_dtype, with_eod
 from cptain.data.manifest import FILE_NAME, Record, read_record, write_manifest, write_record
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError, Interrupted
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
-_BATCH = 256  # documents encoded at once
 _WILDCARD = ("*", "?", "[")
 
 
@@ -38,6 +40,8 @@ class _Task:
 
     record: Record
     data_folder: Path
+    check_fraction: float
+    max_document_bytes: int
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -83,38 +87,71 @@ def _tasks(run: RunFile, tokenizer: Tokenizer) -> list[_Task]:
             mtime_ns=stat.st_mtime_ns,
             key=run.data.key,
             on_error=run.data.on_error,
+            strip=run.data.strip,
             tokenizer=tokenizer.hash,
             documents=0,
             tokens=0,
+            lines=0,
             skipped=0,
+            blank=0,
             bin_bytes=0,
             idx_bytes=0,
         )
-        tasks.append(_Task(record, run.data_folder))
+        tasks.append(_Task(record, run.data_folder, run.data.check_fraction, run.data.max_document_bytes))
     return tasks
 
 
-def _batches(file: Path, key: str, read: Callable[[int], None]) -> Iterator[list[reader.Document]]:
-    """Documents, `_BATCH` at a time; `read` is told the bytes of the file read for each batch."""
-    batch, bytes_read = [], 0
-    for document, size in reader.documents(file, key):
-        batch.append(document)
-        bytes_read += size
-        if len(batch) == _BATCH:
-            yield batch
-            read(bytes_read)
-            batch, bytes_read = [], 0
-    if batch:
-        yield batch
-        read(bytes_read)
+def _encode(task: _Task, block: reader.Block, tokenizer: Tokenizer) -> tuple[reader.Documents, EncodedDocuments]:
+    """Parse and encode a block, and compare a sample of it with Hugging Face's own ids."""
+    documents = reader.parse(block, task.record.key, task.max_document_bytes, task.record.strip)
+    if documents.bad and task.record.on_error == "fail":
+        bad = documents.bad[0]
+        raise CptainError(f'{task.record.input}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
+    ids, lengths = tokenizer.encode(documents.texts)
+    sample = random.Random(block.first_line)  # the same documents at every run
+    count = len(documents.texts)
+    for place in sample.sample(range(count), min(count, math.ceil(count * task.check_fraction))):
+        end = int(lengths[: place + 1].sum())
+        if not tokenizer.check(documents.texts[place], ids[end - int(lengths[place]) : end]):
+            line = documents.line(place) if documents.sequences is None else block.first_line
+            raise CptainError(
+                f"{task.record.input}:{line}: {tokenizer.backend} gives other ids than Hugging Face here "
+                "(--backend hf is slower and exact; please tell us of it)"
+            )
+    dtype = token_dtype(tokenizer.vocab_size)
+    return documents, with_eod(ids, lengths, documents.sequences, tokenizer.eod, dtype)
 
 
-def tokenize_file(task: _Task, tokenizer: Tokenizer, read: Callable[[int], None]) -> Record:
+def _encoded(
+    task: _Task, tokenizer: Tokenizer, threads: int
+) -> Iterator[tuple[reader.Block, reader.Documents, EncodedDocuments]]:
+    """The blocks of a file in their order, encoded ahead in `threads` threads."""
+    blocks = reader.blocks(Path(task.record.input), task.max_document_bytes)
+    if threads == 1:
+        for block in blocks:
+            yield block, *_encode(task, block, tokenizer)
+        return
+    ahead: deque[tuple[reader.Block, Future[tuple[reader.Documents, EncodedDocuments]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for block in blocks:
+                ahead.append((block, pool.submit(_encode, task, block, tokenizer)))
+                while len(ahead) > threads + 1 or (ahead and ahead[0][1].done()):
+                    first, encoded = ahead.popleft()
+                    yield first, *encoded.result()
+            for first, encoded in ahead:
+                yield first, *encoded.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def tokenize_file(task: _Task, tokenizer: Tokenizer, threads: int, read: Callable[[int], None]) -> Record:
     """Tokenize one input file into its pair.
 
     Args:
         task: the file and where its pair goes.
         tokenizer: what encodes it.
+        threads: that encode.
         read: told the bytes of the input file that were read since it was last called.
 
     Returns:
@@ -128,35 +165,41 @@ def tokenize_file(task: _Task, tokenizer: Tokenizer, read: Callable[[int], None]
     skipped_file = Path(f"{pair}.skipped.jsonl")
     pair.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_partials(pair.parent)
-    skipped = []
+    skipped: list[reader.BadLine] = []
+    lines = blank = 0
     with atomic_file(Path(f"{pair}.idx")) as idx_partial, atomic_file(Path(f"{pair}.bin")) as bin_partial:
         writer = IndexedDatasetWriter(bin_partial, token_dtype(tokenizer.vocab_size))
         try:
-            for batch in _batches(file, record.key, read):
-                for bad in (document for document in batch if document.text is None):
-                    if record.on_error == "fail":
-                        raise CptainError(f'{file}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
-                    skipped.append(
-                        {"line": bad.line, "reason": bad.reason, "raw": bad.raw.decode("utf-8", "backslashreplace")}
-                    )
-                texts = [document.text for document in batch if document.text is not None]
-                for ids in tokenizer.encode(texts) if texts else []:
-                    writer.add([*ids, tokenizer.eod] if ids else [])
+            for block, documents, encoded in _encoded(task, tokenizer, threads):
+                writer.add(encoded)
+                skipped += documents.bad
+                blank += documents.blank
+                lines += len(block.lines)
+                read(block.read)
             writer.write_index(idx_partial)
         finally:
             writer.close()
+        if lines != writer.documents + len(skipped) + blank:
+            raise CptainError(
+                f"{file}: {lines} lines became {writer.documents} documents, {len(skipped)} bad and {blank} blank "
+                "lines: a defect of cptain"
+            )
     if skipped:
         with atomic_file(skipped_file) as partial:
-            partial.write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped), encoding="utf-8"
-            )
+            kept = [
+                {"line": bad.line, "reason": bad.reason, "raw": bad.raw.decode("utf-8", "backslashreplace")}
+                for bad in skipped
+            ]
+            partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
     else:
         skipped_file.unlink(missing_ok=True)
     done = replace(
         record,
         documents=writer.documents,
         tokens=writer.tokens,
+        lines=lines,
         skipped=len(skipped),
+        blank=blank,
         bin_bytes=Path(f"{pair}.bin").stat().st_size,
         idx_bytes=Path(f"{pair}.idx").stat().st_size,
     )
@@ -167,6 +210,7 @@ def tokenize_file(task: _Task, tokenizer: Tokenizer, read: Callable[[int], None]
 # Of a worker process. The first two come with the fork, so that the tokenizer is loaded once.
 _tokenizer: Tokenizer
 _queue: Any
+_threads: int
 _working = _stopping = False
 
 
@@ -176,7 +220,7 @@ def _worker(task: _Task) -> Record:
     global _working
     _working = True
     try:
-        return tokenize_file(task, _tokenizer, _queue.put)
+        return tokenize_file(task, _tokenizer, _threads, _queue.put)
     finally:
         _working = False
 
@@ -194,9 +238,12 @@ def _worker_signals() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
-def _parallel(tasks: list[_Task], tokenizer: Tokenizer, workers: int, progress: Progress) -> Iterator[Record]:
+def _parallel(
+    tasks: list[_Task], tokenizer: Tokenizer, workers: int, threads: int, progress: Progress
+) -> Iterator[Record]:
     """Tokenize in `workers` processes, biggest file first, and yield records as files are done."""
-    global _tokenizer, _queue
+    global _tokenizer, _queue, _threads
+    _threads = threads
     context = multiprocessing.get_context("fork")
     _tokenizer, _queue = tokenizer, context.SimpleQueue()
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker_signals)
@@ -243,19 +290,22 @@ def _done(task: _Task) -> Record | None:
     return None
 
 
-def preprocess(run: RunFile, workers: int, force: bool = False, part: tuple[int, int] = (1, 1)) -> None:
+def preprocess(
+    run: RunFile, workers: int, force: bool = False, part: tuple[int, int] = (1, 1), backend: str = "auto"
+) -> None:
     """Tokenize every input file of the run that is not done, and write manifest.json.
 
     Args:
         run: the run.
-        workers: processes; no more than there are files to do.
+        workers: cores to use.
         force: redo what is done.
+        backend: "auto" or "hf"; see `cptain.data.tokenizer`.
         part: (I, N) does the I-th of N parts; the manifest is written by whichever finds every part done.
 
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
-    tokenizer = Tokenizer(run.tokenizer)
+    tokenizer = Tokenizer(run.tokenizer, run.data_folder / ".tokenizer", backend)
     every = _tasks(run, tokenizer)
     tasks = shard(every, *part)
     done, todo = [], []
@@ -269,14 +319,17 @@ def preprocess(run: RunFile, workers: int, force: bool = False, part: tuple[int,
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
     if todo:
         (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+        print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
-            workers = min(workers, len(todo))
-            if workers == 1:
+            # A core for each file; where there are fewer files, threads share those that are over.
+            processes = min(workers, len(todo))
+            threads = max(1, workers // processes)
+            if processes == 1:
                 for task in todo:
-                    done.append(tokenize_file(task, tokenizer, progress.advance))
+                    done.append(tokenize_file(task, tokenizer, threads, progress.advance))
             else:
-                done.extend(_parallel(todo, tokenizer, workers, progress))
+                done.extend(_parallel(todo, tokenizer, processes, threads, progress))
     if part != (1, 1):
         records = [_done(task) for task in every]
         done = [record for record in records if record]

@@ -1,16 +1,30 @@
-"""The Hugging Face tokenizer, used as Megatron's HuggingFaceTokenizer uses it.
+"""The Hugging Face tokenizer, used as Megatron's HuggingFaceTokenizer uses it, and as fast as is exact.
 
 Megatron encodes with `tokenizer(text).input_ids`, so a BOS appears where the tokenizer itself adds one, and appends the
 tokenizer's EOS as end of document; the dtype of the ids follows from `len(tokenizer)`, added tokens included.
+
+What transformers makes of a folder is asked of transformers once, and kept in the data folder: importing it and loading
+a tokenizer takes longer than everything else here. Ids come from fastokens where it takes the tokenizer and agrees with
+Hugging Face's tokenizers library on every probe, else from that library; and `check` compares documents while running.
 """
 
 import hashlib
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from cptain import atomic
 from cptain.architecture import model_folder
 from cptain.errors import CptainError, one_line
+
+Ids = npt.NDArray[np.uint32]
+Lengths = npt.NDArray[np.int64]
 
 # What decides a tokenizer's ids, in the folders of both fast and sentencepiece tokenizers.
 _FILES = (
@@ -23,6 +37,18 @@ _FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+_PROBES = (
+    *("", " ", "a", "\n", "\r\n\t \x00\x7f", " " * 500 + "y", "x" * 3000, "Hello  world\n\n 123456 I'm  we'LL"),
+    *(
+        "日本語の文章、テスト。",
+        "がぎぐ e\u0301 👨\u200d👩\u200d👧 \u3000\u00a0\u200b",
+        "①ⅣﾊﾝｶｸＡ𠮷",
+        "اَلْعَرَبِيَّةُ हिन्दी ไทย",
+    ),
+    *("def f(x):\n    return x**2  # 3.14\n", "<|end_of_text|> </s> <s> [INST]", "\ufeffa\ufffd\ue000"),
+)
+# The one class of texts in which fastokens 0.3.5 differs: (?i:'s) matches the long s too.
+_UNLIKE = "'\u017f"
 
 
 def tokenizer_hash(folder: Path) -> str:
@@ -38,35 +64,148 @@ def tokenizer_hash(folder: Path) -> str:
 class Tokenizer:
     """A tokenizer loaded from a local folder or a hub id.
 
+    Args:
+        name: the folder or id.
+        cache: a folder to keep in what transformers made of it; None asks transformers every time.
+        backend: "auto", or "hf" for Hugging Face's tokenizers library alone.
+
     Attributes:
         folder: where its files are.
         hash: see `tokenizer_hash`.
         vocab_size: ids in all, added tokens included.
         eod: id that ends a document, the tokenizer's EOS.
+        backend: what encodes, and why, for people.
 
     Raises:
         CptainError: no such folder, no tokenizer in it, or a tokenizer without EOS.
     """
 
-    def __init__(self, name: str) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are the parallelism here
+    def __init__(self, name: str, cache: Path | None = None, backend: str = "auto") -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes and threads are the parallelism here
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about long sequences
-        from transformers import AutoTokenizer
-
         self.folder = model_folder(name)
         if not any((self.folder / file).is_file() for file in _FILES):
             raise CptainError(f"{self.folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder))
-        except Exception as error:
-            raise CptainError(f"{self.folder}: the tokenizer cannot be loaded: {one_line(error)}") from error
-        if self._tokenizer.eos_token_id is None:
-            raise CptainError(f"{self.folder}: the tokenizer has no eos_token, which ends a document")
-        self.eod: int = self._tokenizer.eos_token_id
-        self.vocab_size: int = len(self._tokenizer)
         self.hash = tokenizer_hash(self.folder)
+        with ThreadPoolExecutor(1) as pool:
+            # Begun before it is known whether transformers changes what is in the file, which it rarely does.
+            file = self.folder / "tokenizer.json"
+            plain = file.read_text(encoding="utf-8") if file.is_file() else ""
+            early = pool.submit(_fast, plain) if backend == "auto" and plain else None
+            known = self._known(cache, plain)
+            self.eod: int = known["eos"]
+            self.vocab_size: int = known["length"]
+            serialized = known["tokenizer"]
+            self._slow: Any = None
+            self._fast: Any = None
+            if serialized is None:
+                self._slow, self.backend = (
+                    _from_transformers(self.folder),
+                    "transformers, in Python: it has no fast form",
+                )
+                return
+            self._hf: Any = _hf(serialized)
+            self.backend = "tokenizers, of Hugging Face" + (" (--backend hf)" if backend == "hf" else "")
+            if backend == "hf":
+                return
+            try:
+                fast = early.result() if early and serialized == plain else _fast(serialized)
+                self._check_probes(fast)
+                self._fast, self.backend = fast, f"fastokens {version('fastokens')}"
+            except Exception as error:  # it says in many ways that it does not take a tokenizer
+                self.backend += f" (fastokens does not take it: {one_line(error)})"
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without EOD."""
-        ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
-        return ids
+    def _known(self, cache: Path | None, plain: str) -> dict[str, Any]:
+        """What transformers makes of the folder: its tokenizer in the tokenizers library's own words, EOS and size."""
+        file = cache / f"{self.hash}-{version('transformers')}.json" if cache else None
+        if file is not None and file.is_file():
+            try:
+                known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                return {**known, "tokenizer": plain if known["tokenizer"] == "" else known["tokenizer"]}
+            except (OSError, ValueError, KeyError):
+                pass  # asked again
+        tokenizer = _from_transformers(self.folder)
+        backend = getattr(tokenizer, "_tokenizer", None)
+        known = {"eos": tokenizer.eos_token_id, "length": len(tokenizer), "tokenizer": None}
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+            same = plain and _hf(plain).to_str() == backend.to_str()
+            known["tokenizer"] = "" if same else backend.to_str()
+        if file is not None:
+            atomic.write_json(file, known)
+        return {**known, "tokenizer": plain if known["tokenizer"] == "" else known["tokenizer"]}
+
+    def _check_probes(self, fast: Any) -> None:
+        special = [token.content for token in self._hf.get_added_tokens_decoder().values()]
+        texts = [*_PROBES, *(f"a {token} b{token}c" for token in special[:256])]
+        ids, ends = _flat(fast, texts)
+        for place, encoding in enumerate(self._hf.encode_batch_fast(texts)):
+            if ids[ends[place] : ends[place + 1]].tolist() != encoding.ids:
+                raise ValueError(f"its ids differ for {texts[place][:40]!r}")
+
+    def encode(self, texts: list[str]) -> tuple[Ids, Lengths]:
+        """The ids of all texts one after the other, without EOD, and how many each has."""
+        if self._fast is None:
+            return _joined(self.exact(texts))
+        ids, ends = _flat(self._fast, texts)
+        lengths = np.diff(ends)
+        unlike = [place for place, text in enumerate(texts) if _UNLIKE in text]
+        if unlike:
+            parts = np.split(ids, ends[1:-1])
+            for place, exact in zip(unlike, self.exact([texts[place] for place in unlike]), strict=True):
+                parts[place] = np.array(exact, dtype=np.uint32)
+            return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
+        return ids, lengths
+
+    def exact(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, by Hugging Face's own library."""
+        if self._slow is not None:
+            return self._slow(texts)["input_ids"] if texts else []
+        return [encoding.ids for encoding in self._hf.encode_batch_fast(texts)]
+
+    def check(self, text: str, ids: Ids) -> bool:
+        """Whether Hugging Face gives `text` the same ids."""
+        return self._fast is None or self.exact([text])[0] == ids.tolist()
+
+
+def _from_transformers(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        raise CptainError(f"{folder}: the tokenizer cannot be loaded: {one_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise CptainError(f"{folder}: the tokenizer has no eos_token, which ends a document")
+    return tokenizer
+
+
+def _hf(serialized: str) -> Any:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(serialized)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _fast(serialized: str) -> Any:
+    from fastokens._native import Tokenizer as FastTokenizer
+
+    tokenizer = FastTokenizer.from_json_str(serialized)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _flat(fast: Any, texts: list[str]) -> tuple[Ids, Lengths]:
+    ids, ends = fast.encode_batch_flat(texts, add_special_tokens=True)
+    return np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64).astype(np.int64)
+
+
+def _joined(ids: list[list[int]]) -> tuple[Ids, Lengths]:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    flat = np.fromiter((token for part in ids for token in part), np.uint32, int(lengths.sum()))
+    return flat, lengths

@@ -1,0 +1,230 @@
+"""preprocess against Megatron-LM's own tools/preprocess_data.py: speed, memory, and the same bytes.
+
+    make bench BENCH='preprocess --peer main=/path/to/Megatron-LM --peer fork=/path/to/another'
+
+The corpus is 20 .jsonl.gz files of Japanese and English text, generated from the word frequencies of PyPI's wordfreq;
+the tokenizer is Llama 3's, from PyPI's llama-models. A peer gets its best case: all text in one plain .jsonl file, and the
+same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops out of
+both. Every row is the median of --repeat runs.
+"""
+
+import argparse
+import filecmp
+import gzip
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+FILES = 20
+LLAMA_3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def words(language: str) -> tuple[np.ndarray, np.ndarray]:
+    """Words of a language, and the cumulated share of each in its texts."""
+    import wordfreq
+
+    frequencies = wordfreq.get_frequency_dict(language, "large")
+    shares = np.array(list(frequencies.values()))
+    return np.array(list(frequencies), dtype=object), np.cumsum(shares / shares.sum())
+
+
+def corpus(folder: Path, megabytes: int) -> Path:
+    """The files, and all.jsonl and part.jsonl with the text of all of them and of the first fifth."""
+    if (folder / "part.jsonl").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    languages = {language: words(language) for language in ("ja", "en")}
+    with open(folder / "all.jsonl", "wb") as whole, open(folder / "part.partial", "wb") as part:
+        for number in range(FILES):
+            lines, size = [], 0
+            while size < megabytes * 1_000_000 // FILES:
+                language = ("ja", "en")[len(lines) % 2]
+                vocabulary, shares = languages[language]
+                count = min(5 + int(random.lognormal(5.5, 1)), 20_000)
+                picked = vocabulary[np.minimum(np.searchsorted(shares, random.random(count)), len(shares) - 1)]
+                sentences = [picked[start : start + 18] for start in range(0, count, 18)]
+                joined = ("。" if language == "ja" else ". ").join(
+                    ("" if language == "ja" else " ").join(sentence) for sentence in sentences
+                )
+                lines.append(json.dumps({"text": joined}, ensure_ascii=False).encode() + b"\n")
+                size += len(lines[-1])
+            content = b"".join(lines)
+            (folder / f"{number:02}.jsonl.gz").write_bytes(gzip.compress(content, 6))
+            whole.write(content)
+            if number < FILES // 5:
+                part.write(content)
+    (folder / "part.partial").rename(folder / "part.jsonl")
+    return folder
+
+
+def tokenizer(folder: Path) -> Path:
+    """Llama 3's tokenizer as a Hugging Face model's folder has it, with a small model's config.json."""
+    if (folder / "config.json").exists():
+        return folder
+    from tokenizers import Regex, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    spec = importlib.util.find_spec("llama_models")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    ranks = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_{number}|>" for number in range(254))]
+    converted = TikTokenConverter(str(ranks), pattern=LLAMA_3_PATTERN, extra_special_tokens=special).converted()
+    converted.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    converted.model.ignore_merges = True
+    bos = converted.token_to_id(special[0])
+    converted.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], bos)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=special[0], eos_token=special[1]).save_pretrained(
+        folder
+    )
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def run(command: list[str], environment: dict[str, str], log: Path) -> float:
+    """Wall seconds of a command that must succeed."""
+    began = time.monotonic()
+    with open(log, "w") as output:
+        done = subprocess.run(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}:\n{log.read_text()[-2000:]}")
+    return time.monotonic() - began
+
+
+def ours(folder: Path, files: str, model: Path, cores: int) -> float:
+    """preprocess on some of the corpus; a fresh run every time."""
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    run_file = folder / "run.toml"
+    run_file.write_text(
+        f'name = "bench"\nwork_dir = "{work}"\n[model]\nhf = "{model}"\n[data]\ninput = ["{files}"]\n'
+        "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
+    )
+    command = [sys.executable, "-m", "cptain", "preprocess", str(run_file), "--workers", str(cores)]
+    return run(command, {}, folder / "ours.log")
+
+
+def peer(folder: Path, tree: Path, file: Path, model: Path, cores: int) -> float:
+    """Megatron-LM's tool on a plain .jsonl file."""
+    prefix = folder / "peer"
+    for old in folder.glob("peer_*"):
+        old.unlink()
+    tool = [sys.executable, str(tree / "tools" / "preprocess_data.py"), "--input", str(file)]
+    options = [
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(model),
+    ]
+    more = ["--append-eod", "--workers", str(cores), "--log-interval", "100000"]
+    return run([*tool, *options, *more], {"PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}, folder / "peer.log")
+
+
+def same_bytes(folder: Path) -> bool:
+    """Whether our pair of all.jsonl is the peer's."""
+    mine = folder / "work" / "bench" / "data" / "all_text_document"
+    return all(
+        filecmp.cmp(f"{mine}{suffix}", folder / f"peer_text_document{suffix}", shallow=False)
+        for suffix in (".bin", ".idx")
+    )
+
+
+def revision(tree: Path) -> str:
+    """The commit of a tree, if it is one."""
+    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "?"
+
+
+def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
+    """The table, row by row."""
+    cores, sizes = arguments.cores, [(folder / name).stat().st_size / 1e6 for name in ("part.jsonl", "all.jsonl")]
+
+    def measure(part: object, whole: object) -> tuple[float, float]:
+        """Median wall seconds of all, and steady MB/s."""
+        short = statistics.median(part() for _ in range(arguments.repeat))  # type: ignore[operator]
+        long = statistics.median(whole() for _ in range(arguments.repeat))  # type: ignore[operator]
+        return long, (sizes[1] - sizes[0]) / (long - short)
+
+    own_wall, own_speed = measure(
+        lambda: ours(folder, f"{folder}/0[0-3].jsonl.gz", model, cores),
+        lambda: ours(folder, f"{folder}/??.jsonl.gz", model, cores),
+    )
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    kind = (re.search(r"tokenizer: (.*)", (folder / "ours.log").read_text()) or [""])[1]
+    yield [f"cptain ({kind}), 20 .jsonl.gz", f"{own_wall:.1f}", f"{own_speed:.0f}", "1", "1", f"{memory:.0f}", ""]
+    wall, speed = measure(
+        lambda: ours(folder, str(folder / "part.jsonl"), model, cores),
+        lambda: ours(folder, str(folder / "all.jsonl"), model, cores),
+    )
+    yield [
+        "cptain, one .jsonl",
+        f"{wall:.1f}",
+        f"{speed:.0f}",
+        f"{wall / own_wall:.2f}",
+        f"{own_speed / speed:.2f}",
+        "",
+        "",
+    ]
+    for name, tree in arguments.peer:
+        wall, speed = measure(
+            lambda tree=tree: peer(folder, tree, folder / "part.jsonl", model, cores),
+            lambda tree=tree: peer(folder, tree, folder / "all.jsonl", model, cores),
+        )
+        same = "yes" if same_bytes(folder) else "NO"
+        ratios = [f"{wall / own_wall:.1f}", f"{own_speed / speed:.1f}"]
+        label = f"preprocess_data.py, {name} ({revision(tree)}), one .jsonl"
+        yield [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, "", same]
+
+
+def main() -> None:
+    """Measure, and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=TREE", help="a tree of Megatron-LM")
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench/preprocess"))
+    arguments = parser.parse_args()
+    arguments.peer = [(name, Path(tree).resolve()) for name, _, tree in (one.partition("=") for one in arguments.peer)]
+    folder = arguments.folder.resolve()
+    corpus(folder, arguments.megabytes)
+    model = tokenizer(folder / "llama3")
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("fastokens", "tokenizers", "transformers", "isal", "orjson")
+    )
+    print(f"{platform.machine()}, {arguments.cores} cores, Python {platform.python_version()}, {packages};")
+    print(f"{(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text, median of {arguments.repeat}\n")
+    print("| tool | wall s | steady MB/s | wall, times ours | ours, times its speed | peak MB a process | same bytes |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for row in rows(arguments, folder, model):
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
