@@ -2,8 +2,8 @@
 
     make bench BENCH='preprocess --peer main=/path/to/Megatron-LM --peer fork=/path/to/another'
 
-The corpus is 20 .jsonl.gz files of Japanese and English text, generated from the word frequencies of PyPI's wordfreq;
-the tokenizer is Llama 3's, from PyPI's llama-models. A peer gets its best case: all text in one plain .jsonl file, and the
+The corpus is 20 .jsonl.gz files of Japanese and English text, generated from the word frequencies of wordfreq; the
+tokenizer is Llama 3's, from llama-models (both of PyPI). A peer gets its best case: all text in one plain .jsonl file, and the
 same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops out of
 both. Every row is the median of --repeat runs.
 """
@@ -29,7 +29,10 @@ from pathlib import Path
 import numpy as np
 
 FILES = 20
-LLAMA_3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 
 def words(language: str) -> tuple[np.ndarray, np.ndarray]:
