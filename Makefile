@@ -7,6 +7,7 @@ VENV          ?= .venv
 TORCH         ?= torch==2.13.0
 MEGATRON_CORE ?= megatron-core==0.19.2
 PYTEST_ARGS   ?=
+BENCH         ?= preprocess
 
 # The image (docs/image.md says what each is for).
 include apptainer/pins.mk
@@ -35,7 +36,7 @@ RUN       ?= runs/swallow-8b.toml
 SITE      ?=
 JOBS       = apptainer/inside.sh '$(IMAGE)' cptain jobs '$(RUN)' $(if $(SITE),--site '$(SITE)')
 
-.PHONY: help demo image sandbox image-cpu jobs submit test lint clean
+.PHONY: help demo image sandbox image-cpu jobs submit test bench lint clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -75,6 +76,11 @@ $(PRIVATE)/base: apptainer/base.sh apptainer/apt.sh
 
 test: lint  ## every test, with the real Megatron-LM
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/ready  ## the table of docs/benchmarks.md that BENCH='preprocess [options]' names
+	$(VENV)/bin/pip install --quiet tiktoken wordfreq
+	$(VENV)/bin/pip install --quiet --no-deps llama-models==0.3.0
+	$(VENV)/bin/python bench/$(firstword $(BENCH)).py $(wordlist 2,$(words $(BENCH)),$(BENCH))
 
 lint: $(VENV)/ready  ## format, lint and types
 	$(VENV)/bin/ruff format --check --quiet

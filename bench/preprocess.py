@@ -3,9 +3,9 @@
     make bench BENCH='preprocess --peer main=/path/to/Megatron-LM --peer fork=/path/to/another'
 
 The corpus is 20 .jsonl.gz files of Japanese and English text, generated from the word frequencies of wordfreq; the
-tokenizer is Llama 3's, from llama-models (both of PyPI). A peer gets its best case: all text in one plain .jsonl file, and the
-same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops out of
-both. Every row is the median of --repeat runs.
+tokenizer is Llama 3's, from llama-models (both of PyPI). A peer gets its best case: all text in one plain .jsonl file,
+and the same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops
+out of both. Every row is the median of --repeat runs.
 """
 
 import argparse
