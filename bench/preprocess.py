@@ -10,6 +10,7 @@ out of both. Every row is the median of --repeat runs.
 
 import argparse
 import filecmp
+import functools
 import gzip
 import importlib.util
 import json
@@ -131,12 +132,12 @@ def ours(folder: Path, files: str, model: Path, cores: int) -> float:
     return run(command, {}, folder / "ours.log")
 
 
-def peer(folder: Path, tree: Path, file: Path, model: Path, cores: int) -> float:
+def peer(folder: Path, tree: Path, python: str, file: Path, model: Path, cores: int) -> float:
     """Megatron-LM's tool on a plain .jsonl file."""
     prefix = folder / "peer"
     for old in folder.glob("peer_*"):
         old.unlink()
-    tool = [sys.executable, str(tree / "tools" / "preprocess_data.py"), "--input", str(file)]
+    tool = [python, str(tree / "tools" / "preprocess_data.py"), "--input", str(file)]
     options = [
         "--output-prefix",
         str(prefix),
@@ -194,10 +195,11 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
         "",
         "",
     ]
-    for name, tree in arguments.peer:
+    for name, path, python in arguments.peer:
+        tree = Path(path).resolve()
+        tool = functools.partial(peer, folder, tree, python or sys.executable, model=model, cores=cores)
         wall, speed = measure(
-            lambda tree=tree: peer(folder, tree, folder / "part.jsonl", model, cores),
-            lambda tree=tree: peer(folder, tree, folder / "all.jsonl", model, cores),
+            functools.partial(tool, folder / "part.jsonl"), functools.partial(tool, folder / "all.jsonl")
         )
         same = "yes" if same_bytes(folder) else "NO"
         ratios = [f"{wall / own_wall:.1f}", f"{own_speed / speed:.1f}"]
@@ -208,13 +210,17 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
 def main() -> None:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=TREE", help="a tree of Megatron-LM")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=TREE[,PYTHON]", help="a tree of Megatron-LM"
+    )
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("build/bench/preprocess"))
     arguments = parser.parse_args()
-    arguments.peer = [(name, Path(tree).resolve()) for name, _, tree in (one.partition("=") for one in arguments.peer)]
+    arguments.peer = [
+        (name, *tree.partition(",")[::2]) for name, _, tree in (one.partition("=") for one in arguments.peer)
+    ]
     folder = arguments.folder.resolve()
     corpus(folder, arguments.megabytes)
     model = tokenizer(folder / "llama3")
