@@ -462,7 +462,7 @@ def test_what_transformers_says_of_a_tokenizer_is_asked_once(text: Any, monkeypa
     file = text(b'{"text": "x"}\n')
     assert cptain("preprocess", file).exit_code == 0
     (kept,) = (data_folder(file) / ".tokenizer").iterdir()
-    monkeypatch.setattr("cptain.data.tokenizer._from_transformers", lambda folder: pytest.fail("asked again"))
+    monkeypatch.setattr("cptain.data.tokenizer._ask_transformers", lambda folder: pytest.fail("asked again"))
     assert cptain("preprocess", file, "--force").exit_code == 0
     kept.write_text("{")
     monkeypatch.undo()

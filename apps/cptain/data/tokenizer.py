@@ -11,7 +11,10 @@ Hugging Face's tokenizers library on every probe, else from that library; and `c
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,12 +91,13 @@ class Tokenizer:
         if not any((self.folder / file).is_file() for file in _FILES):
             raise CptainError(f"{self.folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
         self.hash = tokenizer_hash(self.folder)
-        with ThreadPoolExecutor(1) as pool:
-            # Begun before it is known whether transformers changes what is in the file, which it rarely does.
-            file = self.folder / "tokenizer.json"
-            plain = file.read_text(encoding="utf-8") if file.is_file() else ""
+        file = self.folder / "tokenizer.json"
+        plain = file.read_text(encoding="utf-8") if file.is_file() else ""
+        # All begun at once: transformers rarely changes what is in the file, but only it can say so.
+        with ThreadPoolExecutor(2) as pool:
+            asked = pool.submit(self._known, cache, plain)
             early = pool.submit(_fast, plain) if backend == "auto" and plain else None
-            known = self._known(cache, plain)
+            known = asked.result()
             self.eod: int = known["eos"]
             self.vocab_size: int = known["length"]
             serialized = known["tokenizer"]
@@ -119,22 +123,16 @@ class Tokenizer:
     def _known(self, cache: Path | None, plain: str) -> dict[str, Any]:
         """What transformers makes of the folder: its tokenizer in the tokenizers library's own words, EOS and size."""
         file = cache / f"{self.hash}-{version('transformers')}.json" if cache else None
+        known: dict[str, Any] = {}
         if file is not None and file.is_file():
-            try:
-                known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                return {**known, "tokenizer": plain if known["tokenizer"] == "" else known["tokenizer"]}
-            except (OSError, ValueError, KeyError):
-                pass  # asked again
-        tokenizer = _from_transformers(self.folder)
-        backend = getattr(tokenizer, "_tokenizer", None)
-        known = {"eos": tokenizer.eos_token_id, "length": len(tokenizer), "tokenizer": None}
-        if backend is not None:
-            backend.no_truncation()
-            backend.no_padding()
-            same = plain and _hf(plain).to_str() == backend.to_str()
-            known["tokenizer"] = "" if same else backend.to_str()
-        if file is not None:
-            atomic.write_json(file, known)
+            with suppress(OSError, ValueError):  # asked again
+                known = json.loads(file.read_text(encoding="utf-8"))
+        if known.keys() != {"eos", "length", "tokenizer"}:
+            known = _ask_transformers(self.folder)
+            if plain and known["tokenizer"] == _hf(plain).to_str():
+                known["tokenizer"] = ""  # as the folder has it
+            if file is not None:
+                atomic.write_json(file, known)
         return {**known, "tokenizer": plain if known["tokenizer"] == "" else known["tokenizer"]}
 
     def _check_probes(self, fast: Any) -> None:
@@ -180,6 +178,42 @@ def _from_transformers(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise CptainError(f"{folder}: the tokenizer has no eos_token, which ends a document")
     return tokenizer
+
+
+def _ask_transformers(folder: Path) -> dict[str, Any]:
+    """What transformers makes of a tokenizer's folder, asked in a process of its own, whose memory ends with it.
+
+    Returns:
+        "eos", its id; "length", ids in all; "tokenizer", as the tokenizers library serializes it, or None.
+
+    Raises:
+        CptainError: transformers cannot load it, or it has no EOS.
+    """
+    ask = "import sys; from cptain.data.tokenizer import _answer; _answer(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", ask, str(folder)], capture_output=True, text=True)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise CptainError(f"{folder}: the tokenizer cannot be loaded: {said[-1]}") from None
+    if "error" in answer:
+        raise CptainError(answer["error"])
+    return answer
+
+
+def _answer(folder: str) -> None:
+    """The other side of `_ask_transformers`: print the answer, as JSON on one line."""
+    try:
+        tokenizer = _from_transformers(Path(folder))
+    except CptainError as error:
+        print(json.dumps({"error": str(error)}))
+        return
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    serialized = backend.to_str() if backend is not None else None
+    print(json.dumps({"eos": tokenizer.eos_token_id, "length": len(tokenizer), "tokenizer": serialized}))
 
 
 def _hf(serialized: str) -> Any:
