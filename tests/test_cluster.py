@@ -22,7 +22,6 @@ from conftest import PROJECT, TINY, make, write_run_file
 from cptain.run_file import RunFile, load_run
 from cptain.training.log import read_steps, train_logs
 
-CLUSTER = Path(__file__).parent / "cluster"
 HOSTS = ("node0", "node1")
 USER = "jobuser"
 UNDER_WAY = ("waiting", "queued", "running", "ending", "unknown")  # unknown: not yet in Grid Engine's accounts
@@ -121,7 +120,9 @@ def shared(public: Path, apptainer: str, image: Path, text_folder: Path) -> Path
 
 def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[Cluster]:
     state = public / name
-    command = [CLUSTER / f"{name}.sh", "up", state, *HOSTS]
+    # A copy, because the hosts see no /tmp but their own, and this project may be in there.
+    scripts = shutil.copytree(Path(__file__).parent / "cluster", public / f"{name}-scripts")
+    command = [scripts / f"{name}.sh", "up", state, *HOSTS]
     up = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert up.returncode == 0, up.stdout
     folder = shared / name
@@ -130,7 +131,7 @@ def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[C
     os.chown(folder, owner.pw_uid, owner.pw_gid)
     (folder / "image").symlink_to(shared / "image")
     yield Cluster(name, state / "as-user", folder, apptainer)
-    subprocess.run([CLUSTER / f"{name}.sh", "down", state], check=True, timeout=60)
+    subprocess.run([scripts / f"{name}.sh", "down", state], check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
