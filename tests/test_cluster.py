@@ -123,7 +123,7 @@ def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[C
     # A copy, because the hosts see no /tmp but their own, and this project may be in there.
     scripts = shutil.copytree(Path(__file__).parent / "cluster", public / f"{name}-scripts")
     command = [scripts / f"{name}.sh", "up", state, *HOSTS]
-    up = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    up = subprocess.run(command, cwd=public, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert up.returncode == 0, up.stdout
     folder = shared / name
     folder.mkdir()
@@ -131,7 +131,7 @@ def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[C
     os.chown(folder, owner.pw_uid, owner.pw_gid)
     (folder / "image").symlink_to(shared / "image")
     yield Cluster(name, state / "as-user", folder, apptainer)
-    subprocess.run([scripts / f"{name}.sh", "down", state], check=True, timeout=60)
+    subprocess.run([scripts / f"{name}.sh", "down", state], cwd=public, check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
