@@ -34,6 +34,7 @@ image sandbox image-cpu jobs submit: export APPTAINER := $(APPTAINER)
 # The jobs (docs/sites.md).
 RUN       ?= runs/swallow-8b.toml
 SITE      ?=
+unexport RUN SITE IMAGE
 JOBS       = apptainer/inside.sh '$(IMAGE)' cptain jobs '$(RUN)' $(if $(SITE),--site '$(SITE)')
 
 .PHONY: help demo image sandbox image-cpu jobs submit test bench lint clean

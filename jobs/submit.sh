@@ -11,6 +11,7 @@ esac; done
 stages=" ${stages:-preprocess convert train export} "
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset RUN IMAGE  # of this shell's: the scripts have their own
 submitted=$here/submitted
 is_alive() { qstat "$1" > /dev/null 2>&1; }
 if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table of
@@ -21,11 +22,12 @@ if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table o
 fi
 if [ -z "$dry_run" ]; then
   [ -e /gs/bs/tga-okazaki/ma/cptain.sif ] || fail '/gs/bs/tga-okazaki/ma/cptain.sif: no such image (make image builds it)'
+  qstat > /dev/null || fail "the scheduler does not answer"
   while read -r name id; do
     ! is_alive "$id" || fail "$name ($id) has not ended: qdel $id, or wait"
   done < <(cat "$submitted" 2> /dev/null)
-  : > "$submitted"
-  trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: qdel $(cut -d " " -f 2 "$submitted" | xargs)" >&2' EXIT
+  rm -f "$submitted"
+  trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: $(xargs -a "$submitted" 2> /dev/null)" >&2' EXIT
 fi
 declare -A ids=()
 

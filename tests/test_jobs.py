@@ -189,6 +189,7 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
         ("jobs.walltime", "1:00:00\n", "jobs.walltime"),
         ("jobs.image", "/a\nb", "a path cannot hold a line break"),
         ("work_dir", "/a\rb", "a control character cannot stand in a job script"),
+        ("data.output", "/a/${DOLLAR}HOME", 'data.output = "/a/$HOME": the jobs would take the $ in it for a variable'),
         ("jobs.nodes", 129, "jobs.nodes = 129: site abci3 allows at most 128"),
         ("jobs.walltime", "169:00:00", "jobs.walltime = 169:00:00: site abci3 allows at most 168:00:00"),
         ("jobs.walltime", None, "jobs.walltime: is missing, and site abci3 needs it"),
@@ -201,8 +202,9 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
     ],
 )
 def test_what_no_script_can_hold_or_the_site_would_refuse_is_one_line(
-    key: str, value: object, says: str, make_jobs_run: RunFileMaker, tmp_path: Path
+    key: str, value: object, says: str, make_jobs_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DOLLAR", "$")
     changes = {"jobs.site": "abci3", key: value}
     file = make_jobs_run(**{name.replace(".", "__"): to for name, to in changes.items()})
     assert says in refused(file)
@@ -601,7 +603,7 @@ def test_jobs_that_stopped_with_work_left_are_told_from_failures() -> None:
         ]
     )
     assert state_words(text) == [
-        ("1", "stopped", "the next train job continues"),
+        ("1", "stopped", "work is left"),
         ("2", "failed", "exit status 1"),
         ("3", "waiting", "Dependency"),
         ("4", "failed", "TIMEOUT"),

@@ -172,6 +172,27 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(make_ready_run: RunFileM
     assert output.splitlines()[-1].startswith("cptain: train: SIGKILL (log: ")
 
 
+def test_a_rank_killed_after_a_save_ends_the_training_and_leaves_no_process(make_ready_run: RunFileMaker) -> None:
+    """From the first save on, Megatron keeps processes that outlive a killed rank and hold its output open."""
+    file = make_ready_run(train__steps=100000, train__save_interval=2, train__eval_interval=100000)
+    process = cptain_process("train", file, "--cpu")
+    wait_for_step(file, 6)
+    os.kill(max(ranks()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith("cptain: train: SIGKILL (log: ")
+    mark = str(load_run(file).folder).encode()
+    left = [environ for environ in Path("/proc").glob("[0-9]*/environ") if mark in readable(environ)]
+    assert not left
+
+
+def readable(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""  # another user's, or ended meanwhile
+
+
 def test_a_full_disk_is_named_and_what_was_saved_before_stays(make_ready_run: RunFileMaker) -> None:
     file = make_ready_run(train__steps=2)
 

@@ -142,6 +142,12 @@ def _check(run: RunFile, site: Site, name: str) -> None:
     for key, value in (("name", run.name), ("work_dir", run.work_dir), ("jobs.image", jobs.image)):
         if any(ord(character) < 32 for character in str(value)):
             bad_usage(f"{key} = {str(value)!r}: a control character cannot stand in a job script")
+    paths = {"work_dir": run.work_dir, "model.hf": run.model.hf, "model.tokenizer": run.model.tokenizer}
+    paths |= {"model.megatron": run.model.megatron, "data.output": run.data.output, "train.script": run.train.script}
+    paths |= {"jobs.image": jobs.image, **{f"data.input[{n}]": glob for n, glob in enumerate(run.data.input)}}
+    for key, path in paths.items():
+        if re.search(r"\$[\w{]", str(path)):  # the jobs' copy of the run file is read once more
+            bad_usage(f'{key} = "{path}": the jobs would take the $ in it for a variable: rename the folder')
 
 
 def _image(run: RunFile) -> str:

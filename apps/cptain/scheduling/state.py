@@ -41,7 +41,7 @@ def _ended(job: str, status: int, signal: int = 0, detail: str = "") -> State:
     if status == 0:
         return State(job, "done")
     if status == RESUMABLE:
-        return State(job, "stopped", "the next train job continues")
+        return State(job, "stopped", "work is left")
     return State(job, "failed", detail or f"exit status {status}")
 
 

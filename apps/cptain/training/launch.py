@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -38,6 +39,8 @@ from cptain.training.follow import Follower, failure_reason, last_lines, only_lo
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 
 _GRACE = 30.0  # seconds for torchrun to end its ranks after a second signal
+_MARK = "CPTAIN_TRAINING"  # a variable that all processes of one training inherit
+_LEFTOVERS = 2.0  # seconds for the processes of an ended torchrun to end by themselves
 _TRIES = 2  # of a chain's jobs at one place
 _LAST_WORD = 10.0  # seconds that a node which only lost its peers leaves them to say why, before it ends the job
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
@@ -204,6 +207,7 @@ def _environment(run: RunFile, command: Command, error_file: Path) -> dict[str, 
         environment.setdefault("NCCL_SOCKET_IFNAME", command.interface)
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # torchrun copies the first failing rank's error here
+    environment[_MARK] = str(error_file)
     environment["WANDB_DIR"] = str(run.folder)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if run.parallel.tensor > 1 or run.parallel.context > 1:
@@ -233,6 +237,20 @@ def _ask_to_stop(process: "subprocess.Popen[str]") -> None:
     for pid in _ranks(process.pid) or [process.pid]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
+
+
+def _end_what_is_left(process: "subprocess.Popen[str]", error_file: Path) -> None:
+    """Once torchrun has ended, end what a killed rank left: Megatron's saving processes, which hold our pipe open.
+
+    They are known by `_MARK`.
+    """
+    process.wait()
+    time.sleep(_LEFTOVERS)
+    mark = f"{_MARK}={error_file}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _end_now(process: "subprocess.Popen[str]") -> None:
@@ -339,6 +357,7 @@ def train(run: RunFile, command: Command) -> None:
             preexec_fn=_die_with_parent,
         )
         assert process.stdout is not None
+        threading.Thread(target=_end_what_is_left, args=(process, error_file), daemon=True).start()
         while True:
             try:
                 for line in process.stdout:

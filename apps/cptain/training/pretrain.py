@@ -257,7 +257,8 @@ def _stopped_as_asked() -> bool:
     """Whether training got so far that Megatron's own exit, if any, is a stop and not a failure to start."""
     from megatron.training import get_args
 
-    return bool(getattr(get_args(), "curr_iteration", 0) or getattr(get_args(), "iteration", 0))
+    # The iteration counts a step only when the next one begins; the samples do when it ends.
+    return any(getattr(get_args(), name, 0) for name in ("curr_iteration", "iteration", "consumed_train_samples"))
 
 
 @record  # type: ignore[untyped-decorator]
