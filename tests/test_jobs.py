@@ -189,7 +189,6 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
         ("jobs.walltime", "1:00:00\n", "jobs.walltime"),
         ("jobs.image", "/a\nb", "a path cannot hold a line break"),
         ("work_dir", "/a\rb", "a control character cannot stand in a job script"),
-        ("data.output", "/a/${DOLLAR}HOME", 'data.output = "/a/$HOME": the jobs would take the $ in it for a variable'),
         ("jobs.nodes", 129, "jobs.nodes = 129: site abci3 allows at most 128"),
         ("jobs.walltime", "169:00:00", "jobs.walltime = 169:00:00: site abci3 allows at most 168:00:00"),
         ("jobs.walltime", None, "jobs.walltime: is missing, and site abci3 needs it"),
@@ -202,13 +201,24 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
     ],
 )
 def test_what_no_script_can_hold_or_the_site_would_refuse_is_one_line(
-    key: str, value: object, says: str, make_jobs_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, value: object, says: str, make_jobs_run: RunFileMaker, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DOLLAR", "$")
     changes = {"jobs.site": "abci3", key: value}
     file = make_jobs_run(**{name.replace(".", "__"): to for name, to in changes.items()})
     assert says in refused(file)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_whose_name_the_jobs_would_expand_is_refused(make_jobs_run: RunFileMaker, tmp_path: Path) -> None:
+    file = tmp_path / "$HOME" / "run.toml"
+    file.parent.mkdir()
+    content = tomllib.loads(make_jobs_run().read_text()) | {"work_dir": "runs"}
+    file.write_text(tomli_w.dumps(content))
+    said = refused(file)
+    assert said == (
+        f'cptain: work_dir = "{file.parent}/runs": the jobs would take the $ in it for a variable: rename the folder'
+    )
+    assert not (file.parent / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_run_files_of_the_project_are_valid(name: str) -> None:
         ({"data__on_error": "ignore"}, "data.on_error = \"ignore\": input should be 'fail' or 'skip'"),
         ({"name": "a/b"}, 'name = "a/b": string should match pattern'),
         ({"name": "../up"}, 'name = "../up": string should match pattern'),
-        ({"jobs__walltime": "36h"}, 'jobs.walltime = "36h": string should match pattern'),
+        ({"jobs__walltime": "36h"}, 'jobs.walltime = "36h": allowed: HH:MM:SS'),
         ({"sweep": {"train.lrr": [1]}}, 'sweep: no key "train.lrr" in a run file'),
     ],
 )
