@@ -234,7 +234,7 @@ def test_an_empty_file_is_named_and_only_nothing_at_all_is_an_error(text: Any) -
 def test_globs_that_match_nothing_or_clash_are_named(make_run: RunFileMaker, tmp_path: Path) -> None:
     result = cptain("preprocess", make_run(data__input=["nothing/*.jsonl"]))
     assert result.exit_code == 1
-    kinds = ".jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz"
+    kinds = ".jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz, .parquet"
     assert f"cptain: data.input: {tmp_path}/nothing/*.jsonl matches no {kinds} file" in result.output
     (tmp_path / "a.txt").write_text("x")
     result = cptain("preprocess", make_run(data__input=["*.txt"]))
@@ -328,7 +328,7 @@ def test_a_killed_run_leaves_no_final_name_and_the_next_removes_its_debris(text:
 
 
 def record(input: str, tokens: int) -> Record:
-    return Record(input, input, 1, 1, "text", "fail", False, "hash", 1, tokens, 1, 0, 0, 1, 1)
+    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, "hash", tokens=tokens)
 
 
 def test_files_blend_by_tokens_alike_or_by_tables() -> None:
@@ -428,11 +428,32 @@ def test_ids_are_those_of_transformers_on_text_and_on_noise(
     differ = [text for text, part, wanted in zip(every, parts, expected, strict=True) if part.tolist() != wanted]
     assert not differ, differ[:3]
     assert tokenizer.vocab_size == len(AutoTokenizer.from_pretrained(str(folder)))
-    fast = tokenizer.backend.startswith("fastokens")
-    assert fast == (family in ("byte-level BPE", "byte-fallback BPE")), tokenizer.backend
-    assert fast or "fastokens does not take it" in tokenizer.backend
+    backend = "fastokens" if family in ("byte-level BPE", "byte-fallback BPE") else "splintr-rs"
+    assert tokenizer.backend.startswith(backend)
+    assert backend == "fastokens" or "fastokens does not take it" in tokenizer.backend
     with capsys.disabled():
         print(f" {family}: {len(every)} texts, {len(ids)} ids, {tokenizer.backend[:40]}", end="")
+
+
+def test_a_library_that_errs_on_a_probe_is_not_used(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained("Unigram with NFKC", tmp_path / "tokenizer", texts)
+
+    def load(serialized: str) -> Any:
+        def encode(texts: list[str]) -> Any:
+            ids, lengths = right(texts)
+            return np.where(ids == ids.max(), 0, ids), lengths
+
+        right = splintr(serialized)
+        return encode
+
+    from cptain.data.tokenizer import _splintr as splintr
+
+    monkeypatch.setattr("cptain.data.tokenizer._splintr", load)
+    backend = Tokenizer(str(folder)).backend
+    assert backend.startswith("tokenizers, of Hugging Face (fastokens does not take it: ")
+    assert "; splintr-rs does not take it: its ids differ for " in backend
 
 
 def test_ids_that_differ_from_hugging_face_s_end_the_run_at_the_document(
@@ -467,7 +488,7 @@ def test_what_transformers_says_of_a_tokenizer_is_asked_once(text: Any, monkeypa
     kept.write_text("{")
     monkeypatch.undo()
     assert cptain("preprocess", file, "--force").exit_code == 0
-    assert json.loads(kept.read_text())["tokenizer"] == ""  # the folder's own tokenizer.json, as it stands
+    assert json.loads(json.loads(kept.read_text())["tokenizer"])["model"]["type"] == "BPE"
 
 
 # Inputs
@@ -497,7 +518,7 @@ def test_every_compression_gives_the_same_data(text: Any) -> None:
         (file.parent / "in" / name).write_bytes(whole)
 
 
-def test_threads_on_one_file_write_what_one_thread_writes(text: Any) -> None:
+def test_processes_on_one_file_write_what_one_process_writes(text: Any) -> None:
     file = text(b"".join(json.dumps({"text": f"{number} words " * 300}).encode() + b"\n" for number in range(8000)))
     assert cptain("preprocess", file, "--workers", 1).exit_code == 0
     one = pairs(data_folder(file))

@@ -143,6 +143,8 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="hf: encode with Hugging Face's own library even where a faster one gives the same ids.",
 )
+@click.option("--verify-inputs", is_flag=True, help="Read files that are done whole, to see that they are unchanged.")
+@click.option("--count-only", is_flag=True, help="Count documents and tokens, and write nothing.")
 @_force_option("Tokenize")
 def preprocess(
     run: Path,
@@ -150,15 +152,18 @@ def preprocess(
     workers: int | None,
     shard: tuple[int, int] | None,
     backend: str,
+    verify_inputs: bool,
+    count_only: bool,
     force: bool,
 ) -> None:
     """Tokenize the text into Megatron's indexed datasets."""
     from cptain.data.preprocess import preprocess as tokenize
 
     loaded = _load(run, overrides)
-    if shard is None or shard[0] == 1:
+    if not count_only and (shard is None or shard[0] == 1):
         _begin("preprocess", loaded)
-    tokenize(loaded, workers or len(os.sched_getaffinity(0)), force, shard or (1, 1), backend)
+    cores = workers or len(os.sched_getaffinity(0))
+    tokenize(loaded, cores, force, shard or (1, 1), backend, verify_inputs, count_only)
 
 
 @main.command()

@@ -76,6 +76,9 @@ class IndexedDatasetWriter:
             file.write(before.tobytes())
 
 
+Ids = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+
+
 @dataclass(frozen=True)
 class EncodedDocuments:
     """Documents as they are written.
@@ -86,7 +89,7 @@ class EncodedDocuments:
         sequences: how many of those each document has; 0 for one without ids, which keeps its place all the same.
     """
 
-    ids: npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+    ids: Ids
     lengths: npt.NDArray[np.int32]
     sequences: npt.NDArray[np.int64]
 

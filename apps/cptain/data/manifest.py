@@ -5,7 +5,10 @@ can share a data folder and a killed run loses only the files in hand; manifest.
 once none is missing.
 """
 
+import hashlib
 import json
+import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,16 @@ class Record:
         prefix: the pair's path under the data folder, without .bin and .idx.
         bytes: size of the input file.
         mtime_ns: modification time of the input file, nanoseconds since the epoch.
+        fingerprint: of what is in it, see `fingerprint`.
+        sha256: of all of it, hexadecimal.
         key: the key of the texts.
         on_error: what was done with bad lines.
         strip: whether white space was cut off the texts.
         tokenizer: hash of the tokenizer (`cptain.data.tokenizer.tokenizer_hash`).
         documents: documents written.
         tokens: ids written, BOS and EOD included.
-        lines: of the input file; each is a document, skipped or blank.
+        text_bytes: of the texts, in UTF-8.
+        lines: of the input file, or rows; each is a document, skipped or blank.
         skipped: bad lines, kept in <prefix>.skipped.jsonl.
         blank: lines of white space.
         bin_bytes: size of the .bin file.
@@ -42,21 +48,24 @@ class Record:
     prefix: str
     bytes: int
     mtime_ns: int
+    fingerprint: str
     key: str
     on_error: str
     strip: bool
     tokenizer: str
-    documents: int
-    tokens: int
-    lines: int
-    skipped: int
-    blank: int
-    bin_bytes: int
-    idx_bytes: int
+    sha256: str = ""
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    lines: int = 0
+    skipped: int = 0
+    blank: int = 0
+    bin_bytes: int = 0
+    idx_bytes: int = 0
 
     def same_input(self, other: "Record") -> bool:
         """Whether both describe the same work: file, options and tokenizer."""
-        keys = ("input", "prefix", "bytes", "mtime_ns", "key", "on_error", "strip", "tokenizer")
+        keys = ("input", "prefix", "bytes", "mtime_ns", "fingerprint", "key", "on_error", "strip", "tokenizer")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def missing_output(self, data_folder: Path) -> str | None:
@@ -70,8 +79,39 @@ class Record:
         return None
 
 
+_PIECE = 1 << 16
+_SAMPLES = 8
+
+
+def fingerprint(file: Path, size: int) -> str:
+    """SHA-256, hexadecimal, of a file's size, its first and last 64 KiB and eight pieces of 4 KiB between, which are
+    the same for every file of that size: a change that keeps size and date is rare, and this reads no whole file."""
+    digest = hashlib.sha256(str(size).encode())
+    places = random.Random(size)
+    with open(file, "rb", buffering=0) as raw:
+        digest.update(raw.read(_PIECE))
+        if size > _PIECE:
+            for place in sorted(places.randrange(_PIECE, size) for _ in range(_SAMPLES)):
+                raw.seek(place)
+                digest.update(raw.read(4096))
+            raw.seek(max(_PIECE, size - _PIECE))
+            digest.update(raw.read(_PIECE))
+    return digest.hexdigest()
+
+
 def _record_file(data_folder: Path, prefix: str) -> Path:
     return data_folder / ".records" / f"{prefix}.json"
+
+
+def lock_file(data_folder: Path, prefix: str) -> Path:
+    """The lock of the pair `prefix`."""
+    return data_folder / ".records" / f"{prefix}.lock"
+
+
+def remove_record(data_folder: Path, prefix: str) -> None:
+    """Forget a file: its pair is about to change."""
+    with suppress(FileNotFoundError):
+        _record_file(data_folder, prefix).unlink()
 
 
 def write_record(data_folder: Path, record: Record) -> None:
@@ -91,7 +131,7 @@ def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]
     """Write manifest.json with its totals, for the globs of data.input."""
     totals = {
         key: sum(getattr(record, key) for record in records)
-        for key in ("documents", "tokens", "lines", "skipped", "blank")
+        for key in ("documents", "tokens", "text_bytes", "lines", "skipped", "blank")
     }
     content = {"input": patterns, "files": len(records), **totals, "records": [asdict(record) for record in records]}
     atomic.write_json(data_folder / FILE_NAME, content)

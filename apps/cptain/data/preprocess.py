@@ -1,47 +1,36 @@
-"""preprocess: input files → one .bin/.idx pair each, as Megatron-LM's tools/preprocess_data.py --append-eod writes
-them.
+"""preprocess: input files → one .bin/.idx pair each, and manifest.json.
 
-Files are the unit of work: each is tokenized by one process, and its pair appears only when it is complete. What is
-complete and unchanged is skipped by a later run.
+Files are the unit of work: each belongs to one process, which shares its cores out among the file's blocks where there
+are more cores than files. What is complete and unchanged is skipped by a later run.
 """
 
 import glob
+import hashlib
 import heapq
-import json
-import math
-import multiprocessing
 import os
-import random
 import signal
 import sys
-from collections import deque
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cptain.atomic import atomic_file, remove_stale_partials
+from cptain.architecture import model_folder
 from cptain.data import reader
-from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter, token_dtype, with_eod
-from cptain.data.manifest import FILE_NAME, Record, read_record, write_manifest, write_record
-from cptain.data.tokenizer import Tokenizer
+from cptain.data.encode import Encoding
+from cptain.data.manifest import FILE_NAME, Record, fingerprint, remove_record, write_manifest
+from cptain.data.processes import CONTEXT, process_pool
+from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
+from cptain.data.tokenizer import Tokenizer, tokenizer_hash
 from cptain.errors import CptainError, Interrupted
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
 _WILDCARD = ("*", "?", "[")
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One input file to tokenize: its record before the work, with nothing counted yet."""
-
-    record: Record
-    data_folder: Path
-    check_fraction: float
-    max_document_bytes: int
+_FOLDERS_SHOWN = 40
+_Work = Callable[[Task, Tokenizer, int, Read], Record]
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -76,151 +65,57 @@ def input_files(patterns: list[str]) -> dict[str, Path]:
     return by_name
 
 
-def _tasks(run: RunFile, tokenizer: Tokenizer) -> list[_Task]:
-    tasks = []
-    for name, file in input_files(run.data.input).items():
+def _tasks(run: RunFile, tokenizer: str, force: bool) -> list[Task]:
+    data = run.data
+
+    def task(name: str, file: Path) -> Task:
         stat = file.stat()
         record = Record(
             input=str(file),
-            prefix=f"{name}_{run.data.key}_document",
+            prefix=f"{name}_{data.key}_document",
             bytes=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
-            key=run.data.key,
-            on_error=run.data.on_error,
-            strip=run.data.strip,
-            tokenizer=tokenizer.hash,
-            documents=0,
-            tokens=0,
-            lines=0,
-            skipped=0,
-            blank=0,
-            bin_bytes=0,
-            idx_bytes=0,
+            fingerprint=fingerprint(file, stat.st_size),
+            key=data.key,
+            on_error=data.on_error,
+            strip=data.strip,
+            tokenizer=tokenizer,
         )
-        tasks.append(_Task(record, run.data_folder, run.data.check_fraction, run.data.max_document_bytes))
-    return tasks
+        encoding = Encoding(
+            str(file), data.key, data.strip, data.on_error, data.max_document_bytes, data.check_fraction
+        )
+        return Task(record, run.data_folder, encoding, force)
+
+    files = input_files(data.input)
+    with ThreadPoolExecutor(16) as pool:  # a parallel file system answers many at once
+        return list(pool.map(task, files.keys(), files.values()))
 
 
-def _encode(task: _Task, block: reader.Block, tokenizer: Tokenizer) -> tuple[reader.Documents, EncodedDocuments]:
-    """Parse and encode a block, and compare a sample of it with Hugging Face's own ids."""
-    documents = reader.parse(block, task.record.key, task.max_document_bytes, task.record.strip)
-    if documents.bad and task.record.on_error == "fail":
-        bad = documents.bad[0]
-        raise CptainError(f'{task.record.input}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
-    ids, lengths = tokenizer.encode(documents.texts)
-    sample = random.Random(block.first_line)  # the same documents at every run
-    count = len(documents.texts)
-    for place in sample.sample(range(count), min(count, math.ceil(count * task.check_fraction))):
-        end = int(lengths[: place + 1].sum())
-        if not tokenizer.check(documents.texts[place], ids[end - int(lengths[place]) : end]):
-            line = documents.line(place) if documents.sequences is None else block.first_line
-            raise CptainError(
-                f"{task.record.input}:{line}: {tokenizer.backend} gives other ids than Hugging Face here "
-                "(--backend hf is slower and exact; please tell us of it)"
-            )
-    dtype = token_dtype(tokenizer.vocab_size)
-    return documents, with_eod(ids, lengths, documents.sequences, tokenizer.eod, dtype)
+class _Meter:
+    """The bar over all bytes, with tokens a second and the file in hand."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._tokens, self._began = progress, 0, time.monotonic()
+
+    def read(self, name: str, read: int, tokens: int) -> None:
+        """Count; see `Read`."""
+        self._tokens += tokens
+        speed = self._tokens / max(time.monotonic() - self._began, 1e-9)
+        self._progress.advance(read, f"{human(speed)} tokens/s  {name}")
 
 
-def _encoded(
-    task: _Task, tokenizer: Tokenizer, threads: int
-) -> Iterator[tuple[reader.Block, reader.Documents, EncodedDocuments]]:
-    """The blocks of a file in their order, encoded ahead in `threads` threads."""
-    blocks = reader.blocks(Path(task.record.input), task.max_document_bytes)
-    if threads == 1:
-        for block in blocks:
-            yield block, *_encode(task, block, tokenizer)
-        return
-    ahead: deque[tuple[reader.Block, Future[tuple[reader.Documents, EncodedDocuments]]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for block in blocks:
-                ahead.append((block, pool.submit(_encode, task, block, tokenizer)))
-                while len(ahead) > threads + 1 or (ahead and ahead[0][1].done()):
-                    first, encoded = ahead.popleft()
-                    yield first, *encoded.result()
-            for first, encoded in ahead:
-                yield first, *encoded.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def tokenize_file(task: _Task, tokenizer: Tokenizer, threads: int, read: Callable[[int], None]) -> Record:
-    """Tokenize one input file into its pair.
-
-    Args:
-        task: the file and where its pair goes.
-        tokenizer: what encodes it.
-        threads: that encode.
-        read: told the bytes of the input file that were read since it was last called.
-
-    Returns:
-        The file's record, already on disk.
-
-    Raises:
-        CptainError: a file that cannot be read, or a bad line where `on_error` is "fail"; no pair appears then.
-    """
-    record, file = task.record, Path(task.record.input)
-    pair = task.data_folder / record.prefix
-    skipped_file = Path(f"{pair}.skipped.jsonl")
-    pair.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(pair.parent)
-    skipped: list[reader.BadLine] = []
-    lines = blank = 0
-    with atomic_file(Path(f"{pair}.idx")) as idx_partial, atomic_file(Path(f"{pair}.bin")) as bin_partial:
-        writer = IndexedDatasetWriter(bin_partial, token_dtype(tokenizer.vocab_size))
-        try:
-            for block, documents, encoded in _encoded(task, tokenizer, threads):
-                writer.add(encoded)
-                skipped += documents.bad
-                blank += documents.blank
-                lines += len(block.lines)
-                read(block.read)
-            writer.write_index(idx_partial)
-        finally:
-            writer.close()
-        if lines != writer.documents + len(skipped) + blank:
-            raise CptainError(
-                f"{file}: {lines} lines became {writer.documents} documents, {len(skipped)} bad and {blank} blank "
-                "lines: a defect of cptain"
-            )
-    if skipped:
-        with atomic_file(skipped_file) as partial:
-            kept = [
-                {"line": bad.line, "reason": bad.reason, "raw": bad.raw.decode("utf-8", "backslashreplace")}
-                for bad in skipped
-            ]
-            partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
-    else:
-        skipped_file.unlink(missing_ok=True)
-    done = replace(
-        record,
-        documents=writer.documents,
-        tokens=writer.tokens,
-        lines=lines,
-        skipped=len(skipped),
-        blank=blank,
-        bin_bytes=Path(f"{pair}.bin").stat().st_size,
-        idx_bytes=Path(f"{pair}.idx").stat().st_size,
-    )
-    write_record(task.data_folder, done)
-    return done
-
-
-# Of a worker process. The first two come with the fork, so that the tokenizer is loaded once.
-_tokenizer: Tokenizer
-_queue: Any
-_threads: int
+# Of a worker process, which comes with all of it when it is forked.
+_work: Callable[[Task], Record]
 _working = _stopping = False
 
 
-def _worker(task: _Task) -> Record:
+def _worker(task: Task) -> Record:
     if _stopping:
         raise Interrupted("SIGTERM")  # the pool hands out work it has queued even after a task was interrupted
     global _working
     _working = True
     try:
-        return tokenize_file(task, _tokenizer, _threads, _queue.put)
+        return _work(task)
     finally:
         _working = False
 
@@ -232,48 +127,44 @@ def _stop(*_: object) -> None:
         raise Interrupted("SIGTERM")
 
 
-def _worker_signals() -> None:
-    """Ctrl-C is the parent's to handle; SIGTERM is the parent's word to stop, and cleans up on the way out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
+def _begin_worker(work: _Work, tokenizer: Tokenizer, cores: int, queue: Any) -> None:
+    global _work
+    signal.signal(signal.SIGTERM, _stop)  # the parent's word to stop: clean up on the way out
+
+    def work_on(task: Task) -> Record:
+        return work(task, tokenizer, cores, lambda read, tokens: queue.put((task.record.prefix, read, tokens)))
+
+    _work = work_on
 
 
-def _parallel(
-    tasks: list[_Task], tokenizer: Tokenizer, workers: int, threads: int, progress: Progress
+def _work_through(
+    tasks: list[Task], work: _Work, tokenizer: Tokenizer, workers: int, progress: Progress
 ) -> Iterator[Record]:
-    """Tokenize in `workers` processes, biggest file first, and yield records as files are done."""
-    global _tokenizer, _queue, _threads
-    _threads = threads
-    context = multiprocessing.get_context("fork")
-    _tokenizer, _queue = tokenizer, context.SimpleQueue()
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker_signals)
-    pending: set[Future[Record]] = set()
-    try:
-        pending = {
-            executor.submit(_worker, task) for task in sorted(tasks, key=lambda task: task.record.bytes, reverse=True)
-        }
+    """Do `work` on every file, biggest first, and yield records as files are done."""
+    # A core for each file; where there are fewer files, they share those that are over.
+    meter, processes = _Meter(progress), min(workers, len(tasks))
+    cores = max(1, workers // max(1, processes))
+    if processes <= 1:
+        for task in tasks:
+            yield work(task, tokenizer, cores, partial(meter.read, task.record.prefix))
+        return
+    queue = CONTEXT.SimpleQueue()
+    with process_pool(processes, _begin_worker, work, tokenizer, cores, queue) as pool:
+        pending = {pool.submit(_worker, task) for task in sorted(tasks, key=lambda task: -task.record.bytes)}
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not _queue.empty():
-                progress.advance(_queue.get())
+            while not queue.empty():
+                meter.read(*queue.get())
             for future in done:
                 yield future.result()
-    except BrokenProcessPool:
-        raise CptainError(
-            "a preprocess worker died (killed, or out of memory): run it again, with fewer --workers"
-        ) from None
-    finally:
-        for process in list((executor._processes or {}).values()) if pending else []:
-            process.terminate()
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
-def shard(tasks: list[_Task], number: int, count: int) -> list[_Task]:
+def shard(tasks: list[Task], number: int, count: int) -> list[Task]:
     """The `number`-th (from 1) of `count` parts of the files, as even in bytes as whole files allow.
 
     Every process gets the same parts from the same files: the biggest file first, each to the part that has least.
     """
-    parts: list[list[_Task]] = [[] for _ in range(count)]
+    parts: list[list[Task]] = [[] for _ in range(count)]
     sizes = [(0, place) for place in range(count)]
     for task in sorted(tasks, key=lambda task: (-task.record.bytes, task.record.prefix)):
         size, place = heapq.heappop(sizes)
@@ -282,16 +173,38 @@ def shard(tasks: list[_Task], number: int, count: int) -> list[_Task]:
     return parts[number - 1]
 
 
-def _done(task: _Task) -> Record | None:
-    """The record of a file that is done and unchanged."""
-    record = read_record(task.data_folder, task.record.prefix)
-    if record and record.same_input(task.record) and not record.missing_output(task.data_folder):
-        return record
-    return None
+def _whole_hash(file: Path, read: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0) as raw:
+        while chunk := raw.read(8 << 20):
+            digest.update(chunk)
+            read(len(chunk))
+    return digest.hexdigest()
+
+
+def _changed_inside(records: list[Record], workers: int) -> list[Record]:
+    """Those whose input, read whole, is no longer what it was."""
+    changed = []
+    with (
+        Progress("verify inputs", sum(record.bytes for record in records), "B") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        hashes = pool.map(lambda record: _whole_hash(Path(record.input), progress.advance), records)
+        for record, found in zip(records, hashes, strict=True):
+            if found != record.sha256:
+                progress.say(f"preprocess: {record.input}: its content changed, though size and date did not")
+                changed.append(record)
+    return changed
 
 
 def preprocess(
-    run: RunFile, workers: int, force: bool = False, part: tuple[int, int] = (1, 1), backend: str = "auto"
+    run: RunFile,
+    workers: int,
+    force: bool = False,
+    part: tuple[int, int] = (1, 1),
+    backend: str = "auto",
+    verify_inputs: bool = False,
+    count_only: bool = False,
 ) -> None:
     """Tokenize every input file of the run that is not done, and write manifest.json.
 
@@ -301,37 +214,40 @@ def preprocess(
         force: redo what is done.
         backend: "auto" or "hf"; see `cptain.data.tokenizer`.
         part: (I, N) does the I-th of N parts; the manifest is written by whichever finds every part done.
+        verify_inputs: read what is done whole, to see whether it is still the same.
+        count_only: count documents and tokens, and write nothing.
 
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
-    tokenizer = Tokenizer(run.tokenizer, run.data_folder / ".tokenizer", backend)
-    every = _tasks(run, tokenizer)
+    every = _tasks(run, tokenizer_hash(model_folder(run.tokenizer)), force)
     tasks = shard(every, *part)
-    done, todo = [], []
-    for task in tasks:
-        record = None if force else _done(task)
-        if record:
-            done.append(record)
-        else:
-            todo.append(task)
+    done = [] if force else [record for task in tasks if (record := task.done())]
+    if verify_inputs:
+        changed = _changed_inside(done, workers)
+        for record in changed:
+            remove_record(run.data_folder, record.prefix)
+        done = [record for record in done if record not in changed]
+    prefixes = {record.prefix for record in done}
+    todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
+    begun = sum(1 for task in todo if task.half_written())
+    if begun and not count_only:
+        print(f"preprocess: {begun} files were begun and not finished: they are done from their start", file=sys.stderr)
     if todo:
-        (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+        if not count_only:
+            (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
-            # A core for each file; where there are fewer files, threads share those that are over.
-            processes = min(workers, len(todo))
-            threads = max(1, workers // processes)
-            if processes == 1:
-                for task in todo:
-                    done.append(tokenize_file(task, tokenizer, threads, progress.advance))
-            else:
-                done.extend(_parallel(todo, tokenizer, processes, threads, progress))
+            done += _work_through(todo, count_file if count_only else tokenize_file, tokenizer, workers, progress)
+    if count_only:
+        _say_totals(done, "")
+        return
     if part != (1, 1):
-        records = [_done(task) for task in every]
+        records = [task.done() for task in every]
         done = [record for record in records if record]
         missing = len(records) - len(done)
         others = f"; {missing} files of other parts are not done yet" if missing else ""
@@ -339,6 +255,27 @@ def preprocess(
         if missing:
             return
     _finish(run, done)
+
+
+def _say_totals(records: list[Record], where: str) -> None:
+    """A line a folder, then one for all."""
+
+    def figures(some: list[Record]) -> str:
+        documents, tokens, text, skipped = (
+            sum(getattr(record, key) for record in some) for key in ("documents", "tokens", "text_bytes", "skipped")
+        )
+        share = f", {tokens / text:.3f} tokens a byte" if text else ""
+        counts = f"{len(some)} files, {documents} documents, {tokens} tokens ({human(tokens)})"
+        return f"{counts}{share}, {skipped} bad lines skipped"
+
+    folders: dict[str, list[Record]] = {}
+    for record in records:
+        folders.setdefault(str(Path(record.prefix).parent), []).append(record)
+    for folder in sorted(folders)[:_FOLDERS_SHOWN] if len(folders) > 1 else []:
+        print(f"preprocess:   {folder}: {figures(folders[folder])}", file=sys.stderr)
+    if len(folders) > _FOLDERS_SHOWN:
+        print(f"preprocess:   and {len(folders) - _FOLDERS_SHOWN} folders more", file=sys.stderr)
+    print(f"preprocess: {figures(records)}{where}", file=sys.stderr)
 
 
 def _finish(run: RunFile, done: list[Record]) -> None:
@@ -350,10 +287,4 @@ def _finish(run: RunFile, done: list[Record]) -> None:
     if not any(record.tokens for record in done):
         raise CptainError("data.input: no document in any file: there is nothing to train on")
     write_manifest(run.data_folder, done, run.data.input)
-    documents, tokens = sum(record.documents for record in done), sum(record.tokens for record in done)
-    skipped, total_tokens = sum(record.skipped for record in done), f"{tokens} tokens ({human(tokens)})"
-    print(
-        f"preprocess: {len(done)} files, {documents} documents, {total_tokens}, {skipped} bad lines skipped"
-        f" → {run.data_folder}",
-        file=sys.stderr,
-    )
+    _say_totals(done, f" → {run.data_folder}")

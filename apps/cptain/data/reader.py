@@ -1,4 +1,4 @@
-"""Documents of .jsonl files, plain or compressed, one a line, in blocks of whole lines.
+"""Documents of .jsonl files, plain or compressed, one a line, and of parquet files, one a row, in blocks.
 
 Python's gzip module and zstandard's stream reader stop differently, or not at all, at a file cut short; every format is
 therefore decompressed here frame by frame, and a file that ends inside a frame is an error, never a shorter data set.
@@ -10,7 +10,7 @@ import bz2
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,8 @@ from isal import isal_zlib
 
 from cptain.errors import CptainError, one_line
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz")
-_READ = 1 << 18  # bytes of the file at once: few, because one compressed byte may become a thousand
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
+_READ = 1 << 18  # compressed bytes at once: few, because one may become a thousand
 _BLOCK = 8 << 20  # decompressed bytes, about, that are parsed and encoded together
 _ERRORS: tuple[Any, ...] = (
     zlib.error,
@@ -37,16 +37,18 @@ _ERRORS: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive lines of a file.
+    """Consecutive lines of a file, or rows.
 
     Attributes:
         first_line: the number of the first, from 1.
-        lines: without their line ends.
+        count: how many.
+        content: the lines, without the last one's line end; or what the rows hold under the key.
         read: bytes of the file itself that were read for them.
     """
 
     first_line: int
-    lines: list[bytes]
+    count: int
+    content: bytes | memoryview | list[Any]
     read: int
 
 
@@ -57,7 +59,7 @@ class BadLine:
     Attributes:
         line: its number in the file, from 1.
         reason: why it is none.
-        raw: the line as it stands in the file, without its line end.
+        raw: the line as it stands in the file, without its line end; the value of a row as JSON.
     """
 
     line: int
@@ -120,12 +122,13 @@ def _new_decompressor(file: Path) -> _Decompressor | None:
     return None
 
 
-def _decompressed(file: Path) -> Iterator[tuple[bytes, int]]:
+def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[bytes, int]]:
     """Decompressed bytes, with the bytes of the file itself that were read for them."""
     with open(file, "rb", buffering=0) as raw:
         decompressor, inside, position = _new_decompressor(file), False, 0
-        while chunk := raw.read(_READ):
+        while chunk := raw.read(_READ if decompressor else _BLOCK):
             size = len(chunk)
+            seen(chunk)
             if decompressor is None:
                 yield chunk, size
                 continue
@@ -150,51 +153,108 @@ def _decompressed(file: Path) -> Iterator[tuple[bytes, int]]:
             raise CptainError(f"{file}: truncated: the file ends at byte {position}, inside a compressed frame")
 
 
-def blocks(file: Path, max_line_bytes: int) -> Iterator[Block]:
-    """Every line of `file`, in blocks.
+def blocks(file: Path, key: str, max_line_bytes: int, seen: Callable[[bytes], None]) -> Iterator[Block]:
+    """Every line or row of `file`, in blocks.
 
     Args:
-        file: the file; its name says how it is compressed.
+        file: the file; its name says what it is.
+        key: of the texts: a parquet file's column. The lines of a .jsonl file come whole.
         max_line_bytes: a longer line is an error: it would not fit in memory.
+        seen: given every byte of the file, in order.
 
     Raises:
-        CptainError: the file cannot be read, is corrupt or truncated, or a line is too long.
+        CptainError: the file cannot be read, is corrupt or truncated, has no such column, or a line is too long.
     """
+    try:
+        yield from _rows(file, key, seen) if file.suffix == ".parquet" else _line_blocks(file, max_line_bytes, seen)
+    except OSError as error:
+        raise CptainError(f"{file}: cannot be read: {error.strerror or one_line(error)}") from error
+
+
+def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None]) -> Iterator[Block]:
     parts: list[bytes] = []
     size = read = 0
     line = 1
-    try:
-        for data, of_file in _decompressed(file):
-            read += of_file
-            if line == 1 and not size:
-                data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            parts.append(data)
-            size += len(data)
-            if size > max_line_bytes and size > _BLOCK and b"\n" not in data:
-                raise CptainError(
-                    f"{file}:{line}: or a line soon after has over {max_line_bytes} bytes (data.max_document_bytes): "
-                    "is there one line a document?"
-                )
-            if size < _BLOCK or b"\n" not in data:
-                continue
-            whole = b"".join(parts)
-            end = whole.rfind(b"\n") + 1
-            lines = whole[: end - 1].split(b"\n")
-            yield Block(line, lines, read)
-            line += len(lines)
-            parts, size, read = [whole[end:]], len(whole) - end, 0
-    except OSError as error:
-        raise CptainError(f"{file}: cannot be read: {error.strerror}") from error
+    for data, of_file in _decompressed(file, seen):
+        read += of_file
+        if line == 1 and not size:
+            data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        parts.append(data)
+        size += len(data)
+        if size > max_line_bytes and size > _BLOCK and b"\n" not in data:
+            raise CptainError(
+                f"{file}:{line}: or a line soon after has over {max_line_bytes} bytes (data.max_document_bytes): "
+                "is there one line a document?"
+            )
+        if size < _BLOCK or b"\n" not in data:
+            continue
+        whole = b"".join(parts)
+        end = whole.rfind(b"\n") + 1
+        count = whole.count(b"\n")
+        yield Block(line, count, memoryview(whole)[: end - 1], read)
+        line += count
+        parts, size, read = [whole[end:]], len(whole) - end, 0
     whole = b"".join(parts)
-    lines = whole.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    if lines or read:
-        yield Block(line, lines, read)
+    if whole or read:
+        content = memoryview(whole.removesuffix(b"\n"))
+        yield Block(line, whole.count(b"\n") + (len(whole) > 0 and whole[-1:] != b"\n"), content, read)
 
 
-def _text(line: bytes, key: str) -> tuple[list[str] | None, str]:
-    """The texts of a line (several where the key holds a list), or None and the reason."""
+def _rows(file: Path, key: str, seen: Callable[[bytes], None]) -> Iterator[Block]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise CptainError(f"{file}: reading it needs pyarrow: pip install 'cptain[parquet]'") from None
+    with open(file, "rb", buffering=0) as raw:
+        while chunk := raw.read(_BLOCK):
+            seen(chunk)
+    size, row, read = file.stat().st_size, 1, 0
+    try:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+            if key not in table.schema_arrow.names:
+                raise CptainError(f'{file}: no column "{key}" (data.key): it has {", ".join(table.schema_arrow.names)}')
+            rows = max(1, table.metadata.num_rows)
+            groups = range(table.metadata.num_row_groups)
+            total = sum(table.metadata.row_group(group).total_byte_size for group in groups)
+            for batch in table.iter_batches(max(1, min(1 << 16, _BLOCK * rows // max(1, total))), columns=[key]):
+                count = len(batch)
+                row += count
+                upto = size * (row - 1) // rows
+                yield Block(row - count, count, _values(batch.column(0)), upto - read)
+                read = upto
+    except pyarrow.ArrowException as error:
+        raise CptainError(f"{file}: corrupt, or no parquet file: {one_line(error)}") from error
+    if row - 1 != table.metadata.num_rows:
+        raise CptainError(f"{file}: {row - 1} rows, where its footer says {table.metadata.num_rows}")
+
+
+def _values(column: Any) -> list[Any]:
+    """What a column of a batch holds; bytes for a string that is not UTF-8."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes()
+
+
+Found = tuple[list[str] | None, str]  # the texts, several where the key holds a list; or None and the reason
+
+
+def _too_long(size: int, limit: int) -> Found:
+    return None, f"{size} bytes, over data.max_document_bytes = {limit}"
+
+
+def _of_line(line: bytes, key: str, limit: int) -> Found:
+    """The texts of a line."""
+    if len(line) > limit:
+        return _too_long(len(line), limit)
     try:
         value: Any = json.loads(line)
     except UnicodeDecodeError as error:
@@ -205,10 +265,23 @@ def _text(line: bytes, key: str) -> tuple[list[str] | None, str]:
         return None, f"not a JSON object but {type(value).__name__}"
     if key not in value:
         return None, f'no key "{key}"'
-    texts = value[key] if isinstance(value[key], list) else [value[key]]
+    return _strings(value[key], key)
+
+
+def _of_row(value: Any, key: str, limit: int) -> Found:
+    """The texts of what a row holds in the column."""
+    if isinstance(value, bytes):
+        return None, f'"{key}" is not UTF-8'
+    texts, reason = _strings(value, key)
+    size = sum(len(text.encode()) for text in texts or ())
+    return _too_long(size, limit) if size > limit else (texts, reason)
+
+
+def _strings(value: Any, key: str) -> Found:
+    texts = value if isinstance(value, list) else [value]
     for text in texts:
         if not isinstance(text, str):
-            inside = "in its list " if isinstance(value[key], list) else ""
+            inside = "in its list " if isinstance(value, list) else ""
             return None, f'"{key}" is not a string {inside}but {type(text).__name__}'
         try:
             text.encode()
@@ -217,39 +290,52 @@ def _text(line: bytes, key: str) -> tuple[list[str] | None, str]:
     return texts, ""
 
 
+def _at_once(block: Block, content: list[Any], key: str, limit: int) -> list[str] | None:
+    """The texts of a block in which every line or row is one string, or None."""
+    if isinstance(block.content, list):
+        values, limit = content, limit // 4  # a character has at most four bytes
+        fits = all(type(value) is str and len(value) <= limit for value in values)
+        return values if fits else None
+    if max(map(len, content), default=0) > limit:
+        return None
+    try:
+        values = [orjson.loads(line)[key] for line in content]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return values if all(type(value) is str for value in values) else None
+
+
 def parse(block: Block, key: str, max_document_bytes: int, strip: bool = False) -> Documents:
     """The documents of a block.
 
     Args:
-        block: the lines.
+        block: the lines or rows.
         key: of the text in each line's object. A list of strings is one document of several sequences.
         max_document_bytes: a longer line is a bad one.
         strip: cut white space off both ends of each text, and leave out what is empty then, as the lab's fork of
             Megatron-LM does.
     """
-    fits = max(map(len, block.lines), default=0) <= max_document_bytes
-    try:
-        values = [orjson.loads(line)[key] for line in block.lines] if fits else None
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        values = None
-    if values is not None and not strip and all(type(value) is str for value in values):
-        return Documents(values, None, None, block.first_line)
-    texts: list[str] = []
+    rows = isinstance(block.content, list)
+    content: list[Any] = block.content if isinstance(block.content, list) else bytes(block.content).split(b"\n")
+    content = content[: block.count]  # of no byte at all, split makes one line
+    texts = None if strip else _at_once(block, content, key, max_document_bytes)
+    if texts is not None:
+        return Documents(texts, None, None, block.first_line)
+    texts = []
     sequences: list[int] = []
     lines: list[int] = []
     bad: list[BadLine] = []
     blank = 0
-    for number, raw in enumerate(block.lines, block.first_line):
-        line = raw.removesuffix(b"\r")
-        if not line.strip():
-            blank += 1
-            continue
-        if len(line) > max_document_bytes:
-            found, reason = None, f"{len(line)} bytes, over data.max_document_bytes = {max_document_bytes}"
-        else:
-            found, reason = _text(line, key)
+    for number, item in enumerate(content, block.first_line):
+        if not rows:
+            item = item.removesuffix(b"\r")
+            if not item.strip():
+                blank += 1
+                continue
+        found, reason = (_of_row if rows else _of_line)(item, key, max_document_bytes)
         if found is None:
-            bad.append(BadLine(number, reason, line))
+            raw = item if isinstance(item, bytes) else json.dumps(item, ensure_ascii=False, default=str).encode()
+            bad.append(BadLine(number, reason, raw))
         else:
             if strip:
                 found = [stripped for text in found if (stripped := text.strip())]

@@ -4,8 +4,9 @@ Megatron encodes with `tokenizer(text).input_ids`, so a BOS appears where the to
 tokenizer's EOS as end of document; the dtype of the ids follows from `len(tokenizer)`, added tokens included.
 
 What transformers makes of a folder is asked of transformers once, and kept in the data folder: importing it and loading
-a tokenizer takes longer than everything else here. Ids come from fastokens where it takes the tokenizer and agrees with
-Hugging Face's tokenizers library on every probe, else from that library; and `check` compares documents while running.
+a tokenizer takes longer than everything else here. Ids come from the first of fastokens and splintr-rs that takes the
+tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that library; and `check` compares
+documents while running.
 """
 
 import hashlib
@@ -13,10 +14,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,7 @@ from cptain.errors import CptainError, one_line
 
 Ids = npt.NDArray[np.uint32]
 Lengths = npt.NDArray[np.int64]
+_Fast = Callable[[list[str]], tuple[Ids, Lengths]]
 
 # What decides a tokenizer's ids, in the folders of both fast and sentencepiece tokenizers.
 _FILES = (
@@ -91,67 +96,65 @@ class Tokenizer:
         if not any((self.folder / file).is_file() for file in _FILES):
             raise CptainError(f"{self.folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
         self.hash = tokenizer_hash(self.folder)
-        file = self.folder / "tokenizer.json"
-        plain = file.read_text(encoding="utf-8") if file.is_file() else ""
-        # All begun at once: transformers rarely changes what is in the file, but only it can say so.
-        with ThreadPoolExecutor(2) as pool:
-            asked = pool.submit(self._known, cache, plain)
-            early = pool.submit(_fast, plain) if backend == "auto" and plain else None
-            known = asked.result()
-            self.eod: int = known["eos"]
-            self.vocab_size: int = known["length"]
-            serialized = known["tokenizer"]
-            self._slow: Any = None
-            self._fast: Any = None
-            if serialized is None:
-                self._slow, self.backend = (
-                    _from_transformers(self.folder),
-                    "transformers, in Python: it has no fast form",
-                )
-                return
+        known = self._known(cache)
+        self.eod: int = known["eos"]
+        self.vocab_size: int = known["length"]
+        serialized = known["tokenizer"]
+        self._slow: Any = None
+        self._fast: _Fast | None = None
+        if serialized is None:
+            self._slow, self.backend = _from_transformers(self.folder), "transformers, in Python: it has no fast form"
+            return
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(_fastokens, serialized) if backend == "auto" else None
             self._hf: Any = _hf(serialized)
-            self.backend = "tokenizers, of Hugging Face" + (" (--backend hf)" if backend == "hf" else "")
-            if backend == "hf":
-                return
+        self.backend = "tokenizers, of Hugging Face" + ("" if first else " (--backend hf)")
+        refused = []
+        for name, load in (("fastokens", first.result), ("splintr-rs", partial(_splintr, serialized))) if first else ():
             try:
-                fast = early.result() if early and serialized == plain else _fast(serialized)
+                fast = load()
                 self._check_probes(fast)
-                self._fast, self.backend = fast, f"fastokens {version('fastokens')}"
-            except Exception as error:  # it says in many ways that it does not take a tokenizer
-                self.backend += f" (fastokens does not take it: {one_line(error)})"
+                self._fast, self.backend = fast, f"{name} {version(name)}"
+                break
+            except Exception as error:  # they say in many ways that they do not take a tokenizer
+                refused.append(f"{name} does not take it: {one_line(error)}")
+        if refused:
+            self.backend += f" ({'; '.join(refused)})"
 
-    def _known(self, cache: Path | None, plain: str) -> dict[str, Any]:
+    def _known(self, cache: Path | None) -> dict[str, Any]:
         """What transformers makes of the folder: its tokenizer in the tokenizers library's own words, EOS and size."""
         file = cache / f"{self.hash}-{version('transformers')}.json" if cache else None
-        known: dict[str, Any] = {}
         if file is not None and file.is_file():
             with suppress(OSError, ValueError):  # asked again
-                known = json.loads(file.read_text(encoding="utf-8"))
-        if known.keys() != {"eos", "length", "tokenizer"}:
-            known = _ask_transformers(self.folder)
-            if plain and known["tokenizer"] == _hf(plain).to_str():
-                known["tokenizer"] = ""  # as the folder has it
-            if file is not None:
-                atomic.write_json(file, known)
-        return {**known, "tokenizer": plain if known["tokenizer"] == "" else known["tokenizer"]}
+                known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if known.keys() == {"eos", "length", "tokenizer"}:
+                    return known
+        known = _ask_transformers(self.folder)
+        if file is not None:
+            atomic.write_json(file, known)
+        return known
 
-    def _check_probes(self, fast: Any) -> None:
+    def _check_probes(self, fast: _Fast) -> None:
         special = [token.content for token in self._hf.get_added_tokens_decoder().values()]
         texts = [*_PROBES, *(f"a {token} b{token}c" for token in special[:256])]
-        ids, ends = _flat(fast, texts)
+        random = Random(0)
+        size = self._hf.get_vocab_size()
+        for count in range(1, 40):  # texts of its own words
+            texts.append(self._hf.decode([random.randrange(size) for _ in range(count)], skip_special_tokens=False))
+        ids, lengths = fast(texts)
+        ends = np.cumsum(lengths)
         for place, encoding in enumerate(self._hf.encode_batch_fast(texts)):
-            if ids[ends[place] : ends[place + 1]].tolist() != encoding.ids:
+            if ids[ends[place] - lengths[place] : ends[place]].tolist() != encoding.ids:
                 raise ValueError(f"its ids differ for {texts[place][:40]!r}")
 
     def encode(self, texts: list[str]) -> tuple[Ids, Lengths]:
         """The ids of all texts one after the other, without EOD, and how many each has."""
         if self._fast is None:
             return _joined(self.exact(texts))
-        ids, ends = _flat(self._fast, texts)
-        lengths = np.diff(ends)
+        ids, lengths = self._fast(texts)
         unlike = [place for place, text in enumerate(texts) if _UNLIKE in text]
         if unlike:
-            parts = np.split(ids, ends[1:-1])
+            parts = np.split(ids, np.cumsum(lengths)[:-1])
             for place, exact in zip(unlike, self.exact([texts[place] for place in unlike]), strict=True):
                 parts[place] = np.array(exact, dtype=np.uint32)
             return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
@@ -189,7 +192,8 @@ def _ask_transformers(folder: Path) -> dict[str, Any]:
     Raises:
         CptainError: transformers cannot load it, or it has no EOS.
     """
-    ask = "import sys; from cptain.data.tokenizer import _answer; _answer(sys.argv[1])"
+    # A tokenizer needs no torch; importing it would double the time and the memory.
+    ask = "import sys; sys.modules['torch'] = None; from cptain.data.tokenizer import _answer; _answer(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", ask, str(folder)], capture_output=True, text=True)
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -225,18 +229,32 @@ def _hf(serialized: str) -> Any:
     return tokenizer
 
 
-def _fast(serialized: str) -> Any:
+def _fastokens(serialized: str) -> _Fast:
     from fastokens._native import Tokenizer as FastTokenizer
 
     tokenizer = FastTokenizer.from_json_str(serialized)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+
+    def encode(texts: list[str]) -> tuple[Ids, Lengths]:
+        flat, offsets = tokenizer.encode_batch_flat(texts, add_special_tokens=True)
+        ends = np.frombuffer(offsets, np.uint64).astype(np.int64)
+        return np.frombuffer(flat, np.uint32), ends[1:] - ends[:-1]
+
+    return encode
 
 
-def _flat(fast: Any, texts: list[str]) -> tuple[Ids, Lengths]:
-    ids, ends = fast.encode_batch_flat(texts, add_special_tokens=True)
-    return np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64).astype(np.int64)
+def _splintr(serialized: str) -> _Fast:
+    import splintr
+
+    tokenizer = splintr.from_json_bytes(serialized.encode())
+
+    def encode(texts: list[str]) -> tuple[Ids, Lengths]:
+        # Its batch calls use threads of its own, which a forked process does not have.
+        parts = [tokenizer.encode_flat(text) for text in texts]
+        return np.frombuffer(b"".join(parts), np.uint32), np.fromiter(map(len, parts), np.int64, len(parts)) // 4
+
+    return encode
 
 
 def _joined(ids: list[list[int]]) -> tuple[Ids, Lengths]:
