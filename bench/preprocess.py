@@ -1,11 +1,14 @@
-"""preprocess against Megatron-LM's own tools/preprocess_data.py: speed, memory, and the same bytes.
+"""preprocess against Megatron-LM's own tools: speed, memory, the same bytes, and how it scales over cores.
 
     make bench BENCH='preprocess --peer main=/path/to/Megatron-LM --peer fork=/path/to/another'
 
 The corpus is 20 .jsonl.gz files of Japanese and English text, generated from the word frequencies of wordfreq; the
 tokenizer is Llama 3's, from llama-models (both of PyPI). A peer gets its best case: all text in one plain .jsonl file,
 and the same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops
-out of both. Every row is the median of --repeat runs.
+out of both. Every figure is the median of --repeat runs.
+
+--scaling N encodes N files of --megabytes each, and then one file with all of that, with 1, 2, 4 … N cores; the time of
+a run over one document is taken off each.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 FILES = 20
+FAST = "preprocess_data_fast.py"
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -119,25 +123,26 @@ def run(command: list[str], environment: dict[str, str], log: Path) -> float:
     return time.monotonic() - began
 
 
-def ours(folder: Path, files: str, model: Path, cores: int) -> float:
-    """preprocess on some of the corpus; a fresh run every time."""
+def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False) -> float:
+    """preprocess on some of the corpus; where `cold`, in a new data folder, so that transformers is asked too."""
     work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
+    if cold:
+        shutil.rmtree(work, ignore_errors=True)
     run_file = folder / "run.toml"
     run_file.write_text(
         f'name = "bench"\nwork_dir = "{work}"\n[model]\nhf = "{model}"\n[data]\ninput = ["{files}"]\n'
         "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
     )
-    command = [sys.executable, "-m", "cptain", "preprocess", str(run_file), "--workers", str(cores)]
+    command = [sys.executable, "-m", "cptain", "preprocess", str(run_file), "--workers", str(cores), "--force"]
     return run(command, {}, folder / "ours.log")
 
 
-def peer(folder: Path, tree: Path, python: str, file: Path, model: Path, cores: int) -> float:
-    """Megatron-LM's tool on a plain .jsonl file."""
+def peer(folder: Path, tree: Path, python: str, tool_name: str, file: Path, model: Path, cores: int) -> float:
+    """A tool of Megatron-LM's on a plain .jsonl file."""
     prefix = folder / "peer"
     for old in folder.glob("peer_*"):
         old.unlink()
-    tool = [python, str(tree / "tools" / "preprocess_data.py"), "--input", str(file)]
+    tool = ["taskset", "--cpu-list", f"0-{cores - 1}", python, str(tree / "tools" / tool_name), "--input", str(file)]
     options = [
         "--output-prefix",
         str(prefix),
@@ -146,8 +151,10 @@ def peer(folder: Path, tree: Path, python: str, file: Path, model: Path, cores: 
         "--tokenizer-model",
         str(model),
     ]
-    more = ["--append-eod", "--workers", str(cores), "--log-interval", "100000"]
-    return run([*tool, *options, *more], {"PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}, folder / "peer.log")
+    fast = tool_name == FAST
+    more = ["--append-eod", *(["--use-gigatoken"] if fast else ["--workers", str(cores), "--log-interval", "100000"])]
+    path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    return run([*tool, *options, *more], {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, folder / "peer.log")
 
 
 def same_bytes(folder: Path) -> bool:
@@ -175,36 +182,75 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
         long = statistics.median(whole() for _ in range(arguments.repeat))  # type: ignore[operator]
         return long, (sizes[1] - sizes[0]) / (long - short)
 
+    few, every = f"{folder}/0[0-3].jsonl.gz", f"{folder}/??.jsonl.gz"
+    ours(folder, few, model, cores, cold=True)  # bytecode and page cache
+    cold = statistics.median(ours(folder, every, model, cores, cold=True) for _ in range(arguments.repeat))
     own_wall, own_speed = measure(
-        lambda: ours(folder, f"{folder}/0[0-3].jsonl.gz", model, cores),
-        lambda: ours(folder, f"{folder}/??.jsonl.gz", model, cores),
+        lambda: ours(folder, few, model, cores),
+        lambda: ours(folder, every, model, cores),
     )
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     kind = (re.search(r"tokenizer: (.*)", (folder / "ours.log").read_text()) or [""])[1]
     yield [f"cptain ({kind}), 20 .jsonl.gz", f"{own_wall:.1f}", f"{own_speed:.0f}", "1", "1", f"{memory:.0f}", ""]
+    yield ["the same, in a new data folder", f"{cold:.1f}", "", f"{cold / own_wall:.2f}", "", "", ""]
     wall, speed = measure(
         lambda: ours(folder, str(folder / "part.jsonl"), model, cores),
         lambda: ours(folder, str(folder / "all.jsonl"), model, cores),
     )
-    yield [
-        "cptain, one .jsonl",
-        f"{wall:.1f}",
-        f"{speed:.0f}",
-        f"{wall / own_wall:.2f}",
-        f"{own_speed / speed:.2f}",
-        "",
-        "",
-    ]
+    ratios = [f"{wall / own_wall:.2f}", f"{own_speed / speed:.2f}"]
+    yield ["cptain, one .jsonl", f"{wall:.1f}", f"{speed:.0f}", *ratios, "", ""]
+    start = startup(folder, model)
+    yield ["cptain, one document", f"{start:.1f}", "", f"{start / own_wall:.2f}", "", "", ""]
+    ours(folder, str(folder / "all.jsonl"), model, cores)  # what the peers' bytes are compared with
     for name, path, python in arguments.peer:
         tree = Path(path).resolve()
-        tool = functools.partial(peer, folder, tree, python or sys.executable, model=model, cores=cores)
-        wall, speed = measure(
-            functools.partial(tool, folder / "part.jsonl"), functools.partial(tool, folder / "all.jsonl")
-        )
-        same = "yes" if same_bytes(folder) else "NO"
-        ratios = [f"{wall / own_wall:.1f}", f"{own_speed / speed:.1f}"]
-        label = f"preprocess_data.py, {name} ({revision(tree)}), one .jsonl"
-        yield [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, "", same]
+        for tool_name in ("preprocess_data.py", FAST):
+            if not (tree / "tools" / tool_name).exists():
+                continue
+            tool = functools.partial(peer, folder, tree, python or sys.executable, tool_name, model=model, cores=cores)
+            tool(folder / "part.jsonl")
+            wall, speed = measure(
+                functools.partial(tool, folder / "part.jsonl"), functools.partial(tool, folder / "all.jsonl")
+            )
+            same = "yes" if same_bytes(folder) else "NO"
+            ratios = [f"{wall / own_wall:.1f}", f"{own_speed / speed:.1f}"]
+            label = f"{tool_name}, {name} ({revision(tree)}), one .jsonl"
+            yield [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, "", same]
+
+
+def startup(folder: Path, model: Path) -> float:
+    """Wall seconds of a run over one document."""
+    one = folder / "one.jsonl"
+    one.write_text('{"text": "one"}\n')
+    ours(folder, str(one), model, 1)
+    return statistics.median(ours(folder, str(one), model, 1) for _ in range(3))
+
+
+def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
+    """Speed over cores, for as many files as the most cores, and for one."""
+    most = arguments.scaling
+    many = folder / "scaling"
+    shutil.rmtree(many, ignore_errors=True)
+    many.mkdir()
+    members = sorted(folder.glob("??.jsonl.gz"))
+    text = (folder / "all.jsonl").stat().st_size / 1e6
+    for number in range(most):
+        with open(many / f"{number:02}.jsonl.gz", "wb") as file:
+            for member in members:
+                file.write(member.read_bytes())
+    with open(many / "one.jsonl", "wb") as file:
+        for _ in range(most):
+            file.write((folder / "all.jsonl").read_bytes())
+    start = startup(folder, model)
+    for label, files in ((f"{most} .jsonl.gz", f"{many}/??.jsonl.gz"), ("one .jsonl", f"{many}/one.jsonl")):
+        single, cores = 0.0, 1
+        while cores <= most:
+            times = [ours(folder, files, model, cores) for _ in range(1 if cores == 1 else arguments.repeat)]
+            speed = text * most / (statistics.median(times) - start)
+            single = single or speed
+            yield [label, str(cores), f"{speed:.0f}", f"{speed / single / cores:.2f}"]
+            cores *= 2
+    shutil.rmtree(many)
 
 
 def main() -> None:
@@ -216,6 +262,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--scaling", type=int, default=0, metavar="N", help="measure 1, 2, 4 … N cores too")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/preprocess"))
     arguments = parser.parse_args()
     arguments.peer = [
@@ -233,6 +280,11 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for row in rows(arguments, folder, model):
         print(f"| {' | '.join(row)} |", flush=True)
+    if arguments.scaling:
+        print(f"\n{arguments.scaling} × {(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text\n")
+        print("| files | cores | steady MB/s | of linear |\n| --- | --- | --- | --- |", flush=True)
+        for row in scaling(arguments, folder, model):
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
