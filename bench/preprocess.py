@@ -20,13 +20,12 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -113,17 +112,18 @@ def tokenizer(folder: Path) -> Path:
     return folder
 
 
-def run(command: list[str], environment: dict[str, str], log: Path) -> float:
-    """Wall seconds of a command that must succeed."""
+def run(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, float]:
+    """Wall seconds of a command that must succeed, and the peak MB of the largest of its processes."""
     began = time.monotonic()
     with open(log, "w") as output:
-        done = subprocess.run(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit status {done.returncode}:\n{log.read_text()[-2000:]}")
-    return time.monotonic() - began
+        started = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(started.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)}: wait status {status}:\n{log.read_text()[-2000:]}")
+    return time.monotonic() - began, usage.ru_maxrss / 1024
 
 
-def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False) -> float:
+def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False) -> tuple[float, float]:
     """preprocess on some of the corpus; where `cold`, in a new data folder, so that transformers is asked too."""
     work = folder / "work"
     if cold:
@@ -137,7 +137,9 @@ def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False) 
     return run(command, {}, folder / "ours.log")
 
 
-def peer(folder: Path, tree: Path, python: str, tool_name: str, file: Path, model: Path, cores: int) -> float:
+def peer(
+    folder: Path, tree: Path, python: str, tool_name: str, file: Path, model: Path, cores: int
+) -> tuple[float, float]:
     """A tool of Megatron-LM's on a plain .jsonl file."""
     prefix = folder / "peer"
     for old in folder.glob("peer_*"):
@@ -176,32 +178,47 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
     """The table, row by row."""
     cores, sizes = arguments.cores, [(folder / name).stat().st_size / 1e6 for name in ("part.jsonl", "all.jsonl")]
 
-    def measure(part: object, whole: object) -> tuple[float, float]:
-        """Median wall seconds of all, and steady MB/s."""
-        short = statistics.median(part() for _ in range(arguments.repeat))  # type: ignore[operator]
-        long = statistics.median(whole() for _ in range(arguments.repeat))  # type: ignore[operator]
-        return long, (sizes[1] - sizes[0]) / (long - short)
+    Measured = Callable[[], tuple[float, float]]
 
+    def measure(label: str, part: Measured, whole: Measured, same: bool = False) -> list[str]:
+        """A row: median wall seconds of all, steady MB/s, the ratios of both, peak memory, and whether bytes agree."""
+        short = statistics.median(part()[0] for _ in range(arguments.repeat))
+        times, peaks = zip(*(whole() for _ in range(arguments.repeat)), strict=True)
+        wall = statistics.median(times)
+        speed = (sizes[1] - sizes[0]) / (wall - short)
+        own.setdefault("wall", wall)
+        own.setdefault("speed", speed)
+        ratios = [f"{wall / own['wall']:.2f}", f"{own['speed'] / speed:.2f}"]
+        agree = ("yes" if same_bytes(folder) else "NO") if same else ""
+        return [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, f"{max(peaks):.0f}", agree]
+
+    own: dict[str, float] = {}
     few, every = f"{folder}/0[0-3].jsonl.gz", f"{folder}/??.jsonl.gz"
     ours(folder, few, model, cores, cold=True)  # bytecode and page cache
-    cold = statistics.median(ours(folder, every, model, cores, cold=True) for _ in range(arguments.repeat))
-    own_wall, own_speed = measure(
+    kind = (re.search(r"tokenizer: (.*)", (folder / "ours.log").read_text()) or [""])[1]
+    yield measure(
+        f"cptain ({kind}), 20 .jsonl.gz",
         lambda: ours(folder, few, model, cores),
         lambda: ours(folder, every, model, cores),
     )
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    kind = (re.search(r"tokenizer: (.*)", (folder / "ours.log").read_text()) or [""])[1]
-    yield [f"cptain ({kind}), 20 .jsonl.gz", f"{own_wall:.1f}", f"{own_speed:.0f}", "1", "1", f"{memory:.0f}", ""]
-    yield ["the same, in a new data folder", f"{cold:.1f}", "", f"{cold / own_wall:.2f}", "", "", ""]
-    wall, speed = measure(
+    times, peaks = zip(*(ours(folder, every, model, cores, cold=True) for _ in range(arguments.repeat)), strict=True)
+    cold = statistics.median(times)
+    yield [
+        "the same, in a new data folder",
+        f"{cold:.1f}",
+        "",
+        f"{cold / own['wall']:.2f}",
+        "",
+        f"{max(peaks):.0f}",
+        "",
+    ]
+    start = startup(folder, model)
+    yield ["cptain, one document", f"{start:.1f}", "", f"{start / own['wall']:.2f}", "", "", ""]
+    yield measure(
+        "cptain, one .jsonl",
         lambda: ours(folder, str(folder / "part.jsonl"), model, cores),
         lambda: ours(folder, str(folder / "all.jsonl"), model, cores),
     )
-    ratios = [f"{wall / own_wall:.2f}", f"{own_speed / speed:.2f}"]
-    yield ["cptain, one .jsonl", f"{wall:.1f}", f"{speed:.0f}", *ratios, "", ""]
-    start = startup(folder, model)
-    yield ["cptain, one document", f"{start:.1f}", "", f"{start / own_wall:.2f}", "", "", ""]
-    ours(folder, str(folder / "all.jsonl"), model, cores)  # what the peers' bytes are compared with
     for name, path, python in arguments.peer:
         tree = Path(path).resolve()
         for tool_name in ("preprocess_data.py", FAST):
@@ -209,13 +226,12 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
                 continue
             tool = functools.partial(peer, folder, tree, python or sys.executable, tool_name, model=model, cores=cores)
             tool(folder / "part.jsonl")
-            wall, speed = measure(
-                functools.partial(tool, folder / "part.jsonl"), functools.partial(tool, folder / "all.jsonl")
+            yield measure(
+                f"{tool_name}, {name} ({revision(tree)}), one .jsonl",
+                functools.partial(tool, folder / "part.jsonl"),
+                functools.partial(tool, folder / "all.jsonl"),
+                same=True,
             )
-            same = "yes" if same_bytes(folder) else "NO"
-            ratios = [f"{wall / own_wall:.1f}", f"{own_speed / speed:.1f}"]
-            label = f"{tool_name}, {name} ({revision(tree)}), one .jsonl"
-            yield [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, "", same]
 
 
 def startup(folder: Path, model: Path) -> float:
@@ -223,7 +239,29 @@ def startup(folder: Path, model: Path) -> float:
     one = folder / "one.jsonl"
     one.write_text('{"text": "one"}\n')
     ours(folder, str(one), model, 1)
-    return statistics.median(ours(folder, str(one), model, 1) for _ in range(3))
+    return statistics.median(ours(folder, str(one), model, 1)[0] for _ in range(3))
+
+
+def encode_alone(folder: Path, model: Path, cores: int) -> float:
+    """MB/s of text that `cores` processes encode side by side with nothing to read, parse or write: the machine's."""
+    from cptain.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(str(model), folder / "work" / "bench" / "data" / ".tokenizer")
+    with open(folder / "part.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    began = time.monotonic()
+    children = []
+    for _ in range(cores):
+        child = os.fork()
+        if not child:
+            for first in range(0, len(texts), 4000):
+                tokenizer.encode(texts[first : first + 4000])
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return size * cores / (time.monotonic() - began)
 
 
 def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
@@ -242,13 +280,16 @@ def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterato
         for _ in range(most):
             file.write((folder / "all.jsonl").read_bytes())
     start = startup(folder, model)
+    machine: dict[int, float] = {}
     for label, files in ((f"{most} .jsonl.gz", f"{many}/??.jsonl.gz"), ("one .jsonl", f"{many}/one.jsonl")):
         single, cores = 0.0, 1
         while cores <= most:
-            times = [ours(folder, files, model, cores) for _ in range(1 if cores == 1 else arguments.repeat)]
+            times = [ours(folder, files, model, cores)[0] for _ in range(1 if cores == 1 else arguments.repeat)]
             speed = text * most / (statistics.median(times) - start)
             single = single or speed
-            yield [label, str(cores), f"{speed:.0f}", f"{speed / single / cores:.2f}"]
+            machine.setdefault(cores, encode_alone(folder, model, cores))
+            of_machine = machine[cores] / machine[1] / cores
+            yield [label, str(cores), f"{speed:.0f}", f"{speed / single / cores:.2f}", f"{of_machine:.2f}"]
             cores *= 2
     shutil.rmtree(many)
 
@@ -282,7 +323,8 @@ def main() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
     if arguments.scaling:
         print(f"\n{arguments.scaling} × {(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text\n")
-        print("| files | cores | steady MB/s | of linear |\n| --- | --- | --- | --- |", flush=True)
+        print("| files | cores | steady MB/s | of linear | the encoder alone, of linear |")
+        print("| --- | --- | --- | --- | --- |", flush=True)
         for row in scaling(arguments, folder, model):
             print(f"| {' | '.join(row)} |", flush=True)
 

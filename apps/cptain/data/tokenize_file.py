@@ -7,6 +7,7 @@ so that what another process left half-written there can be removed, whichever h
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from glob import escape
@@ -55,6 +56,8 @@ class Task:
         return list(self.pair.parent.glob(f".{escape(self.pair.name)}.*{PARTIAL}-*"))
 
 
+_UNHASHED = 4  # chunks of the file that may wait for their hash
+
 Read = Callable[[int, int], None]
 """Told, as a file is read, the bytes of it that were read and the tokens written since it was last called."""
 
@@ -62,17 +65,25 @@ Read = Callable[[int, int], None]
 def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encoded], None], read: Read) -> Record:
     """Encode a whole file, give every block to `take`, and count; returns the record, without the pair's sizes."""
     file, whole = Path(task.record.input), hashlib.sha256()
-    blocks = reader.blocks(file, task.encoding.key, task.encoding.max_document_bytes, whole.update)
     lines = documents = tokens = text_bytes = skipped = blank = 0
-    for bytes_read, block in encoded(blocks, task.encoding, tokenizer, cores):
-        take(block)
-        lines += block.lines
-        documents += len(block.documents.sequences)
-        tokens += len(block.documents.ids)
-        text_bytes += block.text_bytes
-        skipped += len(block.bad)
-        blank += block.blank
-        read(bytes_read, len(block.documents.ids))
+    with ThreadPoolExecutor(1) as beside:  # the hash is as slow as reading, and would halve what feeds many cores
+        hashed: list[Future[None]] = []
+
+        def seen(chunk: bytes) -> None:
+            hashed.append(beside.submit(whole.update, chunk))
+            if len(hashed) > _UNHASHED:
+                hashed.pop(0).result()
+
+        blocks = reader.blocks(file, task.encoding.key, task.encoding.max_document_bytes, seen)
+        for bytes_read, block in encoded(blocks, task.encoding, tokenizer, cores):
+            take(block)
+            lines += block.lines
+            documents += len(block.documents.sequences)
+            tokens += len(block.documents.ids)
+            text_bytes += block.text_bytes
+            skipped += len(block.bad)
+            blank += block.blank
+            read(bytes_read, len(block.documents.ids))
     stat = file.stat()
     if (stat.st_size, stat.st_mtime_ns) != (task.record.bytes, task.record.mtime_ns):
         raise CptainError(f"{file}: changed while it was read: run it again when nobody writes it")
