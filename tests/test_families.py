@@ -199,17 +199,15 @@ def test_a_family_comes_back_bit_for_bit_with_its_own_config(converted: dict[str
 
 
 @pytest.mark.parametrize(
-    ("name", "parallel", "tensor"),
-    [
-        ("Qwen2.5 0.5B", "tensor", "self_attn.k_proj.bias"),
-        ("Qwen3 0.6B", "pipeline", "self_attn.q_norm.weight"),
-    ],
+    ("name", "processes", "tensor"),
+    [("Qwen2.5 0.5B", 2, "self_attn.k_proj.bias"), ("Qwen3 0.6B", 1, "self_attn.q_norm.weight")],
 )
 def test_a_family_trains_with_the_flags_of_its_config(
-    converted: dict[str, Path], make_ready_run: RunFileMaker, model: Path, name: str, parallel: str, tensor: str
+    converted: dict[str, Path], make_ready_run: RunFileMaker, model: Path, name: str, processes: int, tensor: str
 ) -> None:
     run = load_run(converted[name])
-    changes = {"model__hf": run.model.hf, "model__tokenizer": str(model), "train__steps": 3, f"parallel__{parallel}": 2}
+    changes = {"model__hf": run.model.hf, "model__tokenizer": str(model), "train__steps": 3}
+    changes["parallel__tensor"] = processes
     file = make_ready_run(**changes)
     result = cptain("train", file, "--cpu", "--set", f"model.megatron='{run.megatron_folder}'")
     assert result.exit_code == 0, result.output
