@@ -1,8 +1,9 @@
 """A model's architecture, read from its config.json and never typed.
 
-Megatron cannot represent every config: what it cannot is refused here, by name, before anything is written. The rope
-scaling of Llama 3.1 is hard-coded in Megatron (`megatron.core.models.common.embeddings.rotary_pos_embedding`): low and
-high frequency factors 1 and 4, original length 8192; only the factor is an argument.
+Megatron cannot represent every config: what it cannot is refused here, by name, before anything is written. Keys that
+config.json leaves out have the values that transformers gives them, which differ by family (`cptain.families`).
+The rope scaling of Llama 3.1 is hard-coded in Megatron (`megatron.core.models.common.embeddings.rotary_pos_embedding`):
+low and high frequency factors 1 and 4, original length 8192; only the factor is an argument.
 """
 
 import json
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cptain.errors import CptainError, one_line
+from cptain.families import FAMILIES
 
-SUPPORTED = ("LlamaForCausalLM",)
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+# What transformers reads for every family, and the one value that Megatron can represent (`Family.only`).
+_ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -30,11 +32,14 @@ class Architecture:
         num_query_groups: key and value heads; equal to `num_attention_heads` without grouped-query attention.
         kv_channels: channels a head.
         vocab_size: rows of the embedding in the Hugging Face checkpoint, unpadded.
-        max_position_embeddings: the longest sequence that the config names, tokens.
+        max_position_embeddings: the longest sequence that the config names, tokens; or its sliding window, where that
+            is shorter: a sequence no longer than the window is attended to in full, which is what Megatron computes.
         rotary_base: rope theta.
         rope_scaling_factor: llama3 rope scaling's factor, or None without scaling.
         norm_epsilon: of every RMSNorm.
         tied_embeddings: the output layer is the embedding.
+        qkv_bias: the query, key and value projections have biases.
+        qk_layernorm: an RMSNorm over the channels of every query and every key head.
     """
 
     num_layers: int
@@ -49,6 +54,8 @@ class Architecture:
     rope_scaling_factor: float | None
     norm_epsilon: float
     tied_embeddings: bool
+    qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of Megatron's embedding: `vocab_size` up to a multiple of 128 × `tensor_parallel`."""
@@ -82,11 +89,15 @@ def read_architecture(folder: Path) -> Architecture:
         raise CptainError(f"{file}: {key} = {json.dumps(value)}: not supported: {allowed}")
 
     names = config.get("architectures") or []
-    if len(names) != 1 or names[0] not in SUPPORTED:
-        refuse("architectures", names, f"supported: {', '.join(SUPPORTED)}")
-    for key, only in _ONLY.items():
+    if names not in [[name] for name in FAMILIES]:
+        refuse("architectures", names, f"supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[names[0]]
+    config = {**family.defaults, **config}
+    for key, only in {**_ONLY, **family.only}.items():
         if config.get(key, only) != only:
             refuse(key, config[key], f"only {json.dumps(only)}")
+    if set(config.get("layer_types") or []) - {"full_attention"}:
+        refuse("layer_types", config["layer_types"], 'only "full_attention"')
     try:
         for key in _SIZES:
             if int(config[key]) < 1:
@@ -98,10 +109,17 @@ def read_architecture(folder: Path) -> Architecture:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse("rope_scaling.rope_type", kind, 'Megatron knows "default" and "llama3"')
+        if "mrope_section" in rope:
+            refuse("rope_scaling.mrope_section", rope["mrope_section"], "positions must be those of text")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0")
         if kind == "llama3":
             for key, fixed in _MEGATRON_LLAMA3_ROPE.items():
                 if rope[key] != fixed:
                     refuse(f"rope_scaling.{key}", rope[key], f"Megatron hard-codes {fixed:g}")
+        longest = int(config["max_position_embeddings"])
+        if family.sliding_window and config["sliding_window"] is not None:
+            longest = min(longest, int(config["sliding_window"]))
         return Architecture(
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=hidden,
@@ -110,11 +128,13 @@ def read_architecture(folder: Path) -> Architecture:
             num_query_groups=int(config.get("num_key_value_heads") or heads),
             kv_channels=int(config.get("head_dim") or hidden // heads),
             vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
+            max_position_embeddings=longest,
             rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             rope_scaling_factor=float(rope["factor"]) if kind == "llama3" else None,
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            qk_layernorm=family.qk_layernorm,
         )
     except KeyError as error:
         raise CptainError(f"{file}: {error.args[0]}: is missing") from error

@@ -242,8 +242,8 @@ def export(run: Path, overrides: tuple[str, ...], iteration: int | str, force: b
 def verify(a: Path, b: Path, logits: bool) -> None:
     """Compare two checkpoints tensor by tensor; exit status 1 on a mismatch.
 
-    A and B are each the folder of a Hugging Face model, or of a torch_dist checkpoint (its root means the latest
-    iteration).
+    A and B are each the folder of a Hugging Face model, or of a Megatron checkpoint: torch_dist, or the legacy torch
+    (its root means the latest iteration).
     """
     from cptain.checkpoint.verify import verify as compare
 

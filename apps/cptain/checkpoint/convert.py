@@ -56,9 +56,9 @@ def check_converted_from(root: Path, architecture: Architecture) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return  # converted by another tool
     for key, value in asdict(architecture).items():
-        if recorded.get(key) != value:
+        if recorded.get(key, value) != value:
             raise CptainError(
-                f"{root / RELEASE}: converted from a model with {key} = {recorded.get(key)}, "
+                f"{root / RELEASE}: converted from a model with {key} = {recorded[key]}, "
                 f"where model.hf has {value}: run convert again"
             )
 
@@ -112,7 +112,8 @@ def _megatron_args(architecture: Architecture) -> argparse.Namespace:
         use_rope_scaling=architecture.rope_scaling_factor is not None,
         rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
         swiglu=True,
         squared_relu=False,
         untie_embeddings_and_output_weights=not architecture.tied_embeddings,

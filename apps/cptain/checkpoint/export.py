@@ -16,6 +16,7 @@ import torch
 
 from cptain.architecture import Architecture, model_folder, read_architecture, read_config
 from cptain.atomic import atomic_folder
+from cptain.checkpoint.legacy import LegacyReader, open_megatron
 from cptain.checkpoint.mapping import Rule, model_order, row_ranges, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
@@ -38,7 +39,7 @@ _LEFT_BEHIND = (
 )
 
 
-def check_checkpoint(reader: TorchDistReader, architecture: Architecture) -> None:
+def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
     """Refuse a checkpoint whose tensors are not those of the architecture, before anything is written.
 
     Raises:
@@ -63,7 +64,7 @@ def check_checkpoint(reader: TorchDistReader, architecture: Architecture) -> Non
 
 
 def hf_tensors(
-    reader: TorchDistReader, architecture: Architecture, rule: Rule, layer: int
+    reader: TorchDistReader | LegacyReader, architecture: Architecture, rule: Rule, layer: int
 ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
     """The Hugging Face tensors of a rule's layer by name, each as consecutive rows."""
     if rule.layered:
@@ -127,9 +128,9 @@ def export(run: RunFile, iteration: int | None = None, force: bool = False) -> P
         saved = ", ".join(sorted(path.name for path in run.checkpoints_folder.glob("iter_*"))) or "none"
         raise CptainError(f"{source}: no such checkpoint (there: {saved})")
     target = run.hf_folder / source.name
-    with TorchDistReader(source) as reader:
+    with open_megatron(source) as reader:
         check_checkpoint(reader, architecture)
-        if not force and target.exists() and target.stat().st_mtime_ns > (source / ".metadata").stat().st_mtime_ns:
+        if not force and target.exists() and target.stat().st_mtime_ns > reader.saved_at:
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return target
         began = time.monotonic()

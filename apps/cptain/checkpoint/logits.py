@@ -59,7 +59,7 @@ def _megatron(folder: str, architecture: Architecture, prompts: list[list[int]])
 
     with CudaToCpu(), torch.no_grad():
         model = _gpt_model(architecture)
-        from megatron.core import dist_checkpointing
+        from megatron.core import dist_checkpointing, parallel_state
 
         state: dict[str, Any] = {"model": model.sharded_state_dict(metadata={})}
         model.load_state_dict(dist_checkpointing.load(state, folder)["model"])
@@ -69,6 +69,7 @@ def _megatron(folder: str, architecture: Architecture, prompts: list[list[int]])
             positions = torch.arange(len(ids))[None]
             mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).triu(1)
             results.append(model(tokens, positions, mask)[0, :, : architecture.vocab_size].float().numpy())
+        parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return results
 
@@ -97,6 +98,8 @@ def _gpt_model(architecture: Architecture) -> Any:
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -109,7 +112,9 @@ def _gpt_model(architecture: Architecture) -> Any:
     )
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
+        ),
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         parallel_output=False,

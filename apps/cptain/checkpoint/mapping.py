@@ -113,6 +113,7 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
         "ffn": architecture.ffn_hidden_size,
         "queries": architecture.num_attention_heads * architecture.kv_channels,
         "keys": architecture.num_query_groups * architecture.kv_channels,
+        "channels": architecture.kv_channels,
     }
 
 
@@ -120,7 +121,7 @@ _ATTENTION, _MLP = "decoder.layers.self_attention", "decoder.layers.mlp"
 _HF = "model.layers.{layer}"
 _EMBEDDING = Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocabulary", "hidden")),))
 _OUTPUT = Rule("output_layer.weight", (("lm_head.weight", ("vocabulary", "hidden")),))
-_LLAMA = (
+_LAYER = (
     Rule(f"{_ATTENTION}.linear_qkv.layer_norm_weight", ((f"{_HF}.input_layernorm.weight", ("hidden",)),)),
     Rule(
         f"{_ATTENTION}.linear_qkv.weight",
@@ -139,12 +140,29 @@ _LLAMA = (
     ),
     Rule(f"{_MLP}.linear_fc2.weight", ((f"{_HF}.mlp.down_proj.weight", ("hidden", "ffn")),)),
 )
+_QKV_BIAS = (
+    Rule(
+        f"{_ATTENTION}.linear_qkv.bias",
+        (
+            (f"{_HF}.self_attn.q_proj.bias", ("queries",)),
+            (f"{_HF}.self_attn.k_proj.bias", ("keys",)),
+            (f"{_HF}.self_attn.v_proj.bias", ("keys",)),
+        ),
+        QUERY_GROUPS,
+    ),
+)
+_QK_LAYERNORM = (
+    Rule(f"{_ATTENTION}.q_layernorm.weight", ((f"{_HF}.self_attn.q_norm.weight", ("channels",)),)),
+    Rule(f"{_ATTENTION}.k_layernorm.weight", ((f"{_HF}.self_attn.k_norm.weight", ("channels",)),)),
+)
 _FINAL_NORM = Rule("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),))
 
 # Entries that Transformer Engine layers ask for when they load. They hold nothing for bf16; what no layer asks for is
 # ignored.
 LAYER_EXTRA_STATES = (
     f"{_ATTENTION}.linear_qkv._extra_state",
+    f"{_ATTENTION}.q_layernorm._extra_state",
+    f"{_ATTENTION}.k_layernorm._extra_state",
     f"{_ATTENTION}.linear_proj._extra_state",
     f"{_ATTENTION}.core_attention._extra_state",
     f"{_MLP}.linear_fc1._extra_state",
@@ -154,8 +172,9 @@ FINAL_EXTRA_STATES = ("decoder.final_layernorm._extra_state",)
 
 
 def rules(architecture: Architecture) -> tuple[Rule, ...]:
-    """The rules of an architecture, in the order of a forward pass."""
-    return (_EMBEDDING, *_LLAMA, _FINAL_NORM, *(() if architecture.tied_embeddings else (_OUTPUT,)))
+    """The rules of an architecture: the embedding's, a layer's, and what follows the layers."""
+    layer = _LAYER + (_QKV_BIAS if architecture.qkv_bias else ()) + (_QK_LAYERNORM if architecture.qk_layernorm else ())
+    return (_EMBEDDING, *layer, _FINAL_NORM, *(() if architecture.tied_embeddings else (_OUTPUT,)))
 
 
 def model_order(architecture: Architecture) -> Iterator[tuple[Rule, int]]:

@@ -311,6 +311,11 @@ class TorchDistReader(FolderFiles):
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
         return sizes
 
+    @property
+    def saved_at(self) -> int:
+        """When the checkpoint was complete, in nanoseconds since the epoch."""
+        return (self.folder / ".metadata").stat().st_mtime_ns
+
     def names(self) -> list[str]:
         """The keys of the model's tensors: those of the optimizer, the schedule and the random states are left out."""
         return [key for key in self._chunks if not key.startswith(("optimizer.", "chained_", "rng_state", "rerun_"))]

@@ -1,8 +1,8 @@
-"""verify: two checkpoints of either format, tensor by tensor and, where asked, by their logits.
+"""verify: two checkpoints of any format, tensor by tensor and, where asked, by their logits.
 
-A Hugging Face folder and a torch_dist folder are compared under the Hugging Face names, through the same rules that
-convert and export use; two of a kind under their own names. Equal means equal bits. Vocabulary padding, which is
-Megatron's own, is left out.
+A Hugging Face folder and a Megatron one (torch_dist, or the legacy torch) are compared under the Hugging Face names,
+through the same rules that convert and export use; two of a kind under their own names. Equal means equal bits.
+Vocabulary padding, which is Megatron's own, is left out.
 """
 
 import re
@@ -17,6 +17,7 @@ import torch
 from cptain import __version__, atomic
 from cptain.architecture import Architecture, read_architecture, read_config
 from cptain.checkpoint.export import check_checkpoint
+from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Rule, Shape, model_order, row_ranges
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
@@ -37,9 +38,9 @@ class _Tensors(Protocol):
 
 
 class _AsHuggingFace:
-    """A torch_dist checkpoint under the Hugging Face names of an architecture."""
+    """A Megatron checkpoint under the Hugging Face names of an architecture."""
 
-    def __init__(self, reader: TorchDistReader, architecture: Architecture) -> None:
+    def __init__(self, reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
         check_checkpoint(reader, architecture)
         self._reader, self._architecture = reader, architecture
         self._places: dict[str, tuple[Rule, int, int]] = {}
@@ -86,7 +87,7 @@ def resolve(folder: Path) -> Path:
     """The folder that holds the tensors: a checkpoint's root stands for its latest iteration.
 
     Raises:
-        CptainError: not a checkpoint of either format.
+        CptainError: not a checkpoint.
     """
     folder = folder.absolute()
     if not folder.is_dir():
@@ -94,6 +95,8 @@ def resolve(folder: Path) -> Path:
     if (folder / TRACKER).is_file():
         return iteration_folder(folder, read_tracker(folder))
     if (folder / "config.json").is_file() or (folder / ".metadata").is_file() or (folder / "metadata.json").is_file():
+        return folder
+    if is_legacy(folder):
         return folder
     raise CptainError(f"{folder}: neither a Hugging Face model (config.json) nor a torch_dist checkpoint (.metadata)")
 
@@ -179,7 +182,7 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
     Beside an export that is compared with the checkpoint it came from, verify.json records the result.
 
     Args:
-        a: a Hugging Face model, or a torch_dist checkpoint or its root.
+        a: a Hugging Face model, or a Megatron checkpoint or its root.
         b: likewise.
         logits: compare forward passes too.
 
@@ -187,7 +190,7 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
         CptainError: a difference, or a side that cannot be read.
     """
     folders = [resolve(a), resolve(b)]
-    readers = [SafetensorsReader(folder) if _is_hf(folder) else TorchDistReader(folder) for folder in folders]
+    readers = [SafetensorsReader(folder) if _is_hf(folder) else open_megatron(folder) for folder in folders]
     for folder in filter(_is_hf, folders):
         read_config(folder)
     architecture = next((read_architecture(folder) for folder in folders if _is_hf(folder)), None)
@@ -195,10 +198,14 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
         raise CptainError(
             "--logits: one side must be a Hugging Face model, whose config.json describes the architecture"
         )
+    if logits and any(isinstance(reader, LegacyReader) for reader in readers):
+        raise CptainError(
+            "--logits: not of a legacy torch checkpoint: its tensors can be compared, and its export's logits"
+        )
     sides: list[_Tensors] = list(readers)
     if architecture is not None and not all(map(_is_hf, folders)):
         sides = [
-            _AsHuggingFace(reader, architecture) if isinstance(reader, TorchDistReader) else reader
+            reader if isinstance(reader, SafetensorsReader) else _AsHuggingFace(reader, architecture)
             for reader in readers
         ]
     rows = compare_tensors(*sides)

@@ -63,7 +63,7 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
     if train.seq_length > architecture.max_position_embeddings:
         raise CptainError(
             f"train.seq_length = {train.seq_length}: the model's config.json allows at most "
-            f"{architecture.max_position_embeddings} (max_position_embeddings)",
+            f"{architecture.max_position_embeddings} (max_position_embeddings, or the sliding_window of a Mistral)",
             2,
         )
 
@@ -112,6 +112,10 @@ def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Fla
     ]
     if architecture.rope_scaling_factor is not None:
         flags += [("--use-rope-scaling",), ("--rope-scaling-factor", repr(architecture.rope_scaling_factor))]
+    if architecture.qkv_bias:
+        flags += [("--add-qkv-bias",)]
+    if architecture.qk_layernorm:
+        flags += [("--qk-layernorm",)]
     if not architecture.tied_embeddings:
         flags += [("--untie-embeddings-and-output-weights",)]
     return flags

@@ -19,6 +19,10 @@ def parameters(architecture: Architecture) -> int:
     queries = architecture.num_attention_heads * architecture.kv_channels
     keys = architecture.num_query_groups * architecture.kv_channels
     layer = architecture.hidden_size * (2 * queries + 2 * keys + 3 * architecture.ffn_hidden_size + 2)
+    if architecture.qkv_bias:
+        layer += queries + 2 * keys
+    if architecture.qk_layernorm:
+        layer += 2 * architecture.kv_channels
     embeddings = architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied_embeddings else 2)
     return architecture.num_layers * layer + embeddings + architecture.hidden_size
 
@@ -37,10 +41,13 @@ def step_bytes(run: RunFile, architecture: Architecture, recompute: Recompute, d
     state = parameters(architecture) / shard * (6 + 12 / data_parallel)
     tokens = train.seq_length * train.micro_batch_size / parallel.context / parallel.tensor
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    queries = architecture.num_attention_heads * architecture.kv_channels
     keys = architecture.num_query_groups * architecture.kv_channels
     # bf16 values that the backward pass reads: two norms' inputs and outputs, q k v and the attention's output, gate,
-    # up and product.
-    layer = tokens * 2 * (4 * hidden + 2 * hidden + 2 * keys + hidden + 3 * ffn)
+    # up and product; q and k once more where a norm follows them.
+    layer = tokens * 2 * (4 * hidden + 2 * queries + 2 * keys + hidden + 3 * ffn)
+    if architecture.qk_layernorm:
+        layer += tokens * 2 * (queries + keys)
     kept = {"none": layer, "selective": layer, "full": tokens * 2 * hidden}[recompute]
     # A pipeline stage holds as many micro batches in flight as there are stages behind it, so the first holds all
     # layers' worth.
