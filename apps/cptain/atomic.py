@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cptain.errors import CptainError
+from cptain.lock import process_start
 
 PARTIAL = ".partial"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -25,14 +26,6 @@ _PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-
 
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}")
-
-
-def _process_is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False
 
 
 def _remove(path: Path) -> None:
@@ -46,7 +39,7 @@ def remove_stale_partials(folder: Path) -> None:
     """Remove what killed processes of this host left in `folder`. Another host's leftovers stay: it may be alive."""
     for path in folder.glob(f".*{PARTIAL}-*"):
         match = _PARTIAL_NAME.match(path.name)
-        if match and match["host"] == socket.gethostname() and _process_is_gone(int(match["pid"])):
+        if match and match["host"] == socket.gethostname() and process_start(int(match["pid"])) is None:
             _remove(path)
 
 

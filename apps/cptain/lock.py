@@ -19,7 +19,7 @@ _BETWEEN_BEATS = 30.0
 _PATIENCE = 3.0  # a killed process takes a moment to be gone
 
 
-def _start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process began, in ticks since boot: a number that is used again has another. None where it is gone."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
@@ -37,7 +37,7 @@ def _holder_lives(words: str, file: Path) -> bool:
     try:
         host, namespace, pid, start = words.split("|")
         if (host, namespace) == _where():
-            return _start(int(pid)) == start
+            return process_start(int(pid)) == start
         return time.time() - file.lstat().st_mtime < STALE_AFTER
     except ValueError:
         return False  # no words of ours
@@ -60,7 +60,7 @@ def lock(file: Path, what: str) -> Iterator[Callable[[], None]]:
         CptainError: another process holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    words = "|".join((*_where(), str(os.getpid()), str(_start(os.getpid()))))
+    words = "|".join((*_where(), str(os.getpid()), str(process_start(os.getpid()))))
     began = time.monotonic()
     while True:
         try:

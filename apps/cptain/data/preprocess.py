@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cptain.architecture import model_folder
+from cptain.atomic import remove_stale_partials
 from cptain.data import reader
 from cptain.data.encode import Encoding
 from cptain.data.manifest import FILE_NAME, Record, fingerprint, remove_record, write_manifest
@@ -220,6 +221,9 @@ def preprocess(
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
+    if not count_only:
+        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
+            remove_stale_partials(folder)
     every = _tasks(run, tokenizer_hash(model_folder(run.tokenizer)), force)
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]

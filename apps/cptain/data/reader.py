@@ -177,8 +177,6 @@ def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None])
     line = 1
     for data, of_file in _decompressed(file, seen):
         read += of_file
-        if line == 1 and not size:
-            data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         parts.append(data)
         size += len(data)
         if size > max_line_bytes and size > _BLOCK and b"\n" not in data:
@@ -188,16 +186,21 @@ def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None])
             )
         if size < _BLOCK or b"\n" not in data:
             continue
-        whole = b"".join(parts)
+        whole = _joined(parts, line)
         end = whole.rfind(b"\n") + 1
         count = whole.count(b"\n")
         yield Block(line, count, memoryview(whole)[: end - 1], read)
         line += count
         parts, size, read = [whole[end:]], len(whole) - end, 0
-    whole = b"".join(parts)
+    whole = _joined(parts, line)
     if whole or read:
         content = memoryview(whole.removesuffix(b"\n"))
         yield Block(line, whole.count(b"\n") + (len(whole) > 0 and whole[-1:] != b"\n"), content, read)
+
+
+def _joined(parts: list[bytes], line: int) -> bytes:
+    whole = b"".join(parts)
+    return whole.removeprefix(b"\xef\xbb\xbf") if line == 1 else whole  # a byte order mark
 
 
 def _rows(file: Path, key: str, seen: Callable[[bytes], None]) -> Iterator[Block]:

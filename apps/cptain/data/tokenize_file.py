@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 
-from cptain.atomic import PARTIAL, atomic_file
+from cptain.atomic import PARTIAL, atomic_file, remove_stale_partials
 from cptain.data import reader
 from cptain.data.encode import Encoded, Encoding, encoded
 from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
@@ -134,6 +134,7 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
         pair.parent.mkdir(parents=True, exist_ok=True)
         for left in task.half_written():
             left.unlink(missing_ok=True)
+        remove_stale_partials(lock_file(task.data_folder, prefix).parent)
         remove_record(task.data_folder, prefix)
         skipped_file = Path(f"{pair}.skipped.jsonl")
         with ExitStack() as stack:
