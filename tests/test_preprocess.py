@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import RunFileMaker, cptain, cptain_process, leftovers, wait_until_half_written, write_jsonl
+from cptain.data import reader
 from cptain.data.blend import weights
 from cptain.data.manifest import Record
 from cptain.data.preprocess import input_files
@@ -568,3 +569,118 @@ def test_a_line_beyond_the_limit_is_told_before_it_fills_the_memory(text: Any) -
     result = cptain("preprocess", endless)
     assert result.exit_code == 1
     assert "over 10000000 bytes (data.max_document_bytes): is there one line a document?" in result.output
+
+
+def test_a_parquet_file_gives_what_the_same_lines_give(text: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = [f"{number} 文書 " * 50 for number in range(2000)]
+    file = text(b"".join(json.dumps({"text": value}).encode() + b"\n" for value in values), "lines.jsonl")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": list(range(2000)), "text": values}),
+        file.parent / "in" / "rows.parquet",
+        row_group_size=300,
+    )
+    settings = "data.input=['in/*']"
+    assert cptain("preprocess", file, "--set", settings).exit_code == 0
+    found = pairs(data_folder(file))
+    assert found["rows_text_document.bin"] == found["lines_text_document.bin"]
+    assert found["rows_text_document.idx"] == found["lines_text_document.idx"]
+    missing = cptain("preprocess", file, "--set", settings, "--set", "data.key=body")
+    assert missing.exit_code == 1
+    assert 'rows.parquet: no column "body" (data.key): it has id, text' in missing.output
+    whole = (file.parent / "in" / "rows.parquet").read_bytes()
+    for damaged in (whole[:-20], whole[: len(whole) // 2] + bytes(2000) + whole[len(whole) // 2 + 2000 :]):
+        (file.parent / "in" / "rows.parquet").write_bytes(damaged)
+        result = cptain("preprocess", file, "--set", settings)
+        assert result.exit_code == 1
+        assert "rows.parquet: corrupt, or no parquet file: " in result.output
+
+
+def test_rows_that_are_no_text_are_bad_lines(text: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = text(b'{"text": "x"}\n', data__on_error="skip")
+    column = pyarrow.array([["one", "two"], None, [], ["three", None]], type=pyarrow.list_(pyarrow.string()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file.parent / "in" / "lists.parquet")
+    raw = pyarrow.array([b"fine", b"\xff"], type=pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw}), file.parent / "in" / "strings.parquet")
+    assert cptain("preprocess", file, "--set", "data.input=['in/*.parquet']").exit_code == 0
+    lists, strings = manifest(file)["records"]
+    assert (lists["lines"], lists["documents"], lists["skipped"]) == (4, 2, 2)
+    assert (strings["lines"], strings["documents"], strings["skipped"]) == (2, 1, 1)
+    side = (data_folder(file) / "lists_text_document.skipped.jsonl").read_text().splitlines()
+    assert [(bad["line"], bad["reason"]) for bad in map(json.loads, side)] == [
+        (2, '"text" is not a string but NoneType'),
+        (4, '"text" is not a string in its list but NoneType'),
+    ]
+    side = (data_folder(file) / "strings_text_document.skipped.jsonl").read_text().splitlines()
+    assert [(bad["line"], bad["reason"]) for bad in map(json.loads, side)] == [(2, '"text" is not UTF-8')]
+
+
+def test_content_that_changed_behind_size_and_date_is_found(text: Any) -> None:
+    size = 1_000_000
+    file = text(b'{"text": "' + b"x" * size + b'"}\n')
+    source = file.parent / "in" / "x.jsonl"
+    assert cptain("preprocess", file).exit_code == 0
+    before = pairs(data_folder(file))
+    stat = source.stat()
+
+    def change(place: int) -> None:
+        content = bytearray(source.read_bytes())
+        content[place] = ord("y")
+        source.write_bytes(content)
+        os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    change(5000)  # in the part that every run looks at
+    assert "done and unchanged" not in cptain("preprocess", file).output
+    assert pairs(data_folder(file)) != before
+    before = pairs(data_folder(file))
+    for place in range(100_000, 900_000, 1000):  # until one is found that it does not look at
+        change(place)
+        if "1 of 1 files are done and unchanged" in cptain("preprocess", file).output:
+            break
+    assert pairs(data_folder(file)) == before
+    found = cptain("preprocess", file, "--verify-inputs")
+    assert f"preprocess: {source}: its content changed, though size and date did not" in found.output
+    assert pairs(data_folder(file)) != before
+    again = cptain("preprocess", file, "--verify-inputs")
+    assert "1 of 1 files are done and unchanged" in again.output
+
+
+def test_count_only_counts_and_writes_nothing(make_run: RunFileMaker, ready_run: Path) -> None:
+    file = make_run()
+    counted = cptain("preprocess", file, "--count-only", "--workers", 2)
+    assert counted.exit_code == 0
+    content = manifest(ready_run)
+    share = content["tokens"] / content["text_bytes"]
+    assert f"{content['documents']} documents, {content['tokens']} tokens" in counted.output.splitlines()[-1]
+    assert f"{share:.3f} tokens a byte, 0 bad lines skipped" in counted.output.splitlines()[-1]
+    assert "preprocess:   sub/deeper: 1 files, " in counted.output
+    assert not data_folder(file).exists()
+
+
+def test_a_file_that_is_written_to_meanwhile_is_an_error(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = text(b'{"text": "one"}\n')
+    source = file.parent / "in" / "x.jsonl"
+    parse = reader.parse
+
+    def parse_and_append(*arguments: Any) -> Any:
+        with open(source, "ab") as appended:
+            appended.write(b'{"text": "two"}\n')
+        return parse(*arguments)
+
+    monkeypatch.setattr(reader, "parse", parse_and_append)
+    result = cptain("preprocess", file, "--workers", 1)
+    assert result.exit_code == 1
+    assert f"{source}: changed while it was read: run it again when nobody writes it" in result.output
+    assert pairs(data_folder(file)) == {}
+
+
+def test_two_million_tiny_documents_are_two_million_documents(text: Any) -> None:
+    file = text(b'{"text":"a"}\n' * 2_000_000, data__check_fraction=0.0001)
+    assert cptain("preprocess", file, "--workers", 2).exit_code == 0
+    assert manifest(file)["documents"] == 2_000_000
+    assert os.path.getsize(data_folder(file) / "x_text_document.idx") == 34 + 2_000_000 * (4 + 8 + 8) + 8

@@ -226,7 +226,9 @@ def _rows(file: Path, key: str, seen: Callable[[bytes], None]) -> Iterator[Block
                 upto = size * (row - 1) // rows
                 yield Block(row - count, count, _values(batch.column(0)), upto - read)
                 read = upto
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's word, not pyarrow's
+            raise
         raise CptainError(f"{file}: corrupt, or no parquet file: {one_line(error)}") from error
     if row - 1 != table.metadata.num_rows:
         raise CptainError(f"{file}: {row - 1} rows, where its footer says {table.metadata.num_rows}")
