@@ -122,16 +122,18 @@ def cluster(name: str, shared: Path, public: Path, apptainer: str) -> Iterator[C
     state = public / name
     # A copy, because the hosts see no /tmp but their own, and this project may be in there.
     scripts = shutil.copytree(Path(__file__).parent / "cluster", public / f"{name}-scripts")
-    command = [scripts / f"{name}.sh", "up", state, *HOSTS]
-    up = subprocess.run(command, cwd=public, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
-    assert up.returncode == 0, up.stdout
-    folder = shared / name
-    folder.mkdir()
-    owner = pwd.getpwnam(USER)
-    os.chown(folder, owner.pw_uid, owner.pw_gid)
-    (folder / "image").symlink_to(shared / "image")
-    yield Cluster(name, state / "as-user", folder, apptainer)
-    subprocess.run([scripts / f"{name}.sh", "down", state], cwd=public, check=True, timeout=60)
+    up = [scripts / f"{name}.sh", "up", state, *HOSTS]
+    try:
+        began = subprocess.run(up, cwd=public, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        assert began.returncode == 0, began.stdout
+        folder = shared / name
+        folder.mkdir()
+        owner = pwd.getpwnam(USER)
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        (folder / "image").symlink_to(shared / "image")
+        yield Cluster(name, state / "as-user", folder, apptainer)
+    finally:
+        subprocess.run([scripts / f"{name}.sh", "down", state], cwd=public, check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")

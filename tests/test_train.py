@@ -162,25 +162,24 @@ def test_a_second_signal_ends_a_long_step_at_once(make_ready_run: RunFileMaker) 
     assert output.splitlines()[-1].startswith("cptain: train: stopped by SIGINT; nothing saved yet")
 
 
-def test_a_rank_that_is_killed_is_named_with_its_signal(make_ready_run: RunFileMaker) -> None:
-    file = make_ready_run(train__steps=100000, train__save_interval=100000, train__eval_interval=100000)
+def kill_a_rank(file: Path, step: int) -> None:
+    """Train, kill a rank once `step` is done, and see it named."""
     process = cptain_process("train", file, "--cpu")
-    wait_for_step(file, 1)
+    wait_for_step(file, step)
     os.kill(max(ranks()), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith("cptain: train: SIGKILL (log: ")
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(make_ready_run: RunFileMaker) -> None:
+    kill_a_rank(make_ready_run(train__steps=100000, train__save_interval=100000, train__eval_interval=100000), step=1)
 
 
 def test_a_rank_killed_after_a_save_ends_the_training_and_leaves_no_process(make_ready_run: RunFileMaker) -> None:
     """From the first save on, Megatron keeps processes that outlive a killed rank and hold its output open."""
     file = make_ready_run(train__steps=100000, train__save_interval=2, train__eval_interval=100000)
-    process = cptain_process("train", file, "--cpu")
-    wait_for_step(file, 6)
-    os.kill(max(ranks()), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert output.splitlines()[-1].startswith("cptain: train: SIGKILL (log: ")
+    kill_a_rank(file, step=6)
     mark = str(load_run(file).folder).encode()
     left = [environ for environ in Path("/proc").glob("[0-9]*/environ") if mark in readable(environ)]
     assert not left
