@@ -7,8 +7,8 @@ tokenizer is Llama 3's, from llama-models (both of PyPI). A peer gets its best c
 and the same number of cores. Steady speed is taken between a fifth of the corpus and all of it, so that start-up drops
 out of both. Every figure is the median of --repeat runs.
 
---scaling N encodes N files of --megabytes each, and then one file with all of that, with 1, 2, 4 … N cores; the time of
-a run over one document is taken off each.
+--scaling 1,4,16 encodes 16 files of --megabytes each with 1, 4 and 16 cores, and then one file with all of that; steady
+speed is taken between a quarter and all.
 """
 
 import argparse
@@ -265,32 +265,37 @@ def encode_alone(folder: Path, model: Path, cores: int) -> float:
 
 
 def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
-    """Speed over cores, for as many files as the most cores, and for one."""
-    most = arguments.scaling
+    """Steady speed over cores, for as many files as the most cores, and for one file."""
+    most = max(arguments.scaling)
     many = folder / "scaling"
     shutil.rmtree(many, ignore_errors=True)
-    many.mkdir()
     members = sorted(folder.glob("??.jsonl.gz"))
-    text = (folder / "all.jsonl").stat().st_size / 1e6
-    for number in range(most):
-        with open(many / f"{number:02}.jsonl.gz", "wb") as file:
-            for member in members:
-                file.write(member.read_bytes())
-    with open(many / "one.jsonl", "wb") as file:
-        for _ in range(most):
-            file.write((folder / "all.jsonl").read_bytes())
-    start = startup(folder, model)
-    machine: dict[int, float] = {}
-    for label, files in ((f"{most} .jsonl.gz", f"{many}/??.jsonl.gz"), ("one .jsonl", f"{many}/one.jsonl")):
-        single, cores = 0.0, 1
-        while cores <= most:
-            times = [ours(folder, files, model, cores)[0] for _ in range(1 if cores == 1 else arguments.repeat)]
-            speed = text * most / (statistics.median(times) - start)
-            single = single or speed
-            machine.setdefault(cores, encode_alone(folder, model, cores))
-            of_machine = machine[cores] / machine[1] / cores
-            yield [label, str(cores), f"{speed:.0f}", f"{speed / single / cores:.2f}", f"{of_machine:.2f}"]
-            cores *= 2
+    for part, some in (("quarter", members[: FILES // 4]), ("whole", members)):
+        (many / part).mkdir(parents=True)
+        content = b"".join(member.read_bytes() for member in some)
+        for number in range(most):
+            (many / part / f"{number:02}.jsonl.gz").write_bytes(content)
+        with open(many / part / "one.jsonl", "wb") as file:
+            for _ in range(most):
+                file.write(b"".join(gzip.decompress(member.read_bytes()) for member in some))
+    text = (
+        sum((many / part / "one.jsonl").stat().st_size * sign for part, sign in (("whole", 1), ("quarter", -1))) / 1e6
+    )
+    ours(folder, str(many / "quarter" / "00.jsonl.gz"), model, 1, cold=True)
+    alone = {cores: encode_alone(folder, model, cores) for cores in arguments.scaling}
+    for label, files in ((f"{most} .jsonl.gz", "??.jsonl.gz"), ("one .jsonl", "one.jsonl")):
+        first = 0.0
+        for cores in arguments.scaling:
+            times = [
+                statistics.median(
+                    ours(folder, f"{many}/{part}/{files}", model, cores)[0] for _ in range(arguments.repeat)
+                )
+                for part in ("quarter", "whole")
+            ]
+            speed = text / (times[1] - times[0])
+            first = first or speed / cores
+            of_machine = alone[cores] / alone[arguments.scaling[0]] / cores * arguments.scaling[0]
+            yield [label, str(cores), f"{speed:.0f}", f"{speed / first / cores:.2f}", f"{of_machine:.2f}"]
     shutil.rmtree(many)
 
 
@@ -303,7 +308,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--scaling", type=int, default=0, metavar="N", help="measure 1, 2, 4 … N cores too")
+    parser.add_argument(
+        "--scaling",
+        type=lambda cores: [int(count) for count in cores.split(",")],
+        metavar="1,2,…,N",
+        help="measure how speed grows with these numbers of cores instead",
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/bench/preprocess"))
     arguments = parser.parse_args()
     arguments.peer = [
@@ -317,16 +327,20 @@ def main() -> None:
     )
     print(f"{platform.machine()}, {arguments.cores} cores, Python {platform.python_version()}, {packages};")
     print(f"{(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text, median of {arguments.repeat}\n")
-    print("| tool | wall s | steady MB/s | wall, times ours | ours, times its speed | peak MB a process | same bytes |")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for row in rows(arguments, folder, model):
-        print(f"| {' | '.join(row)} |", flush=True)
+    head = [
+        "tool",
+        "wall s",
+        "steady MB/s",
+        "wall, times ours",
+        "ours, times its speed",
+        "peak MB a process",
+        "same bytes",
+    ]
     if arguments.scaling:
-        print(f"\n{arguments.scaling} × {(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text\n")
-        print("| files | cores | steady MB/s | of linear | the encoder alone, of linear |")
-        print("| --- | --- | --- | --- | --- |", flush=True)
-        for row in scaling(arguments, folder, model):
-            print(f"| {' | '.join(row)} |", flush=True)
+        head = ["files", "cores", "steady MB/s", "of linear", "the encoder alone, of linear"]
+    print(f"| {' | '.join(head)} |\n| {' | '.join('---' for _ in head)} |", flush=True)
+    for row in (scaling if arguments.scaling else rows)(arguments, folder, model):
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,11 @@ class IndexedDatasetWriter:
     def add(self, documents: "EncodedDocuments") -> None:
         """Append documents."""
         view = documents.ids.data.cast("B")
+        size = len(view)
         while view:  # a raw file may take less than it is given
             view = view[self._bin.write(view) :]
         # Begin to write to disk now, so that the fsync at the end finds little left.
-        os.posix_fadvise(self._bin.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._bin.fileno(), self._bin.tell() - size, size, os.POSIX_FADV_DONTNEED)
         self._lengths.append(documents.lengths)
         self._counts.append(documents.sequences)
         self.documents += len(documents.sequences)
