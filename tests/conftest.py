@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,20 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if os.environ.get("CI") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("CI: a test was skipped, which counts as a failure", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+_COUNTS: Counter[str] = Counter()
+
+
+def count(what: str, number: int = 1) -> None:
+    """Count what a suite tried; the last lines of the session say how many."""
+    _COUNTS[what] += number
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts, in every log."""
+    for what, number in _COUNTS.items():
+        terminalreporter.write_line(f"{what}: {number}")
 
 
 def cptain(*arguments: object) -> Result:

@@ -422,7 +422,7 @@ def test_a_checkpoint_that_runs_code_when_loaded_is_refused_and_runs_nothing(
     result = cptain("export", file)
     assert result.exit_code == 1
     assert (
-        f"{folder}/.metadata: cannot be read: it asks for posix.system, which a checkpoint has no need of"
+        f"{folder}/.metadata: cannot be read: it asks for posix.system, which a checkpoint does not need"
         in result.output
     )
     assert not (tmp_path / "ran").exists()

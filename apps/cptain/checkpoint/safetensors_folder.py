@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,28 @@ class _Entry:
     shape: tuple[int, ...]
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name may stand twice: of two tensors, readers would disagree which one it is."""
+    if len(found := dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{ascii(next(name for name in found if names.count(name) > 1))[:80]} twice")
+    return found
+
+
+def _read_entry(file: Path, name: str, value: dict[str, Any], data: int) -> _Entry:
+    """One tensor of a header, whose data begins at byte `data` of the file."""
+    if not name.isprintable():
+        raise ValueError(f"{ascii(name)[:80]} is no name")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is {ascii(value['dtype'])[1:-1][:80]}, supported: {', '.join(DTYPES)}")
+    dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has offsets {begin} to {end} for the shape {list(shape)}")
+    return _Entry(file, data + begin, end - begin, dtype, shape)
+
+
 def _read_header(file: Path) -> dict[str, _Entry]:
     """The tensors of one file. Raises CptainError where the header and the file do not agree."""
     try:
@@ -41,31 +64,22 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             (length,) = struct.unpack("<Q", raw.read(8))
             if length > min(_LONGEST_HEADER, size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(raw.read(length))
-        entries, expected = {}, 0
-        for name, value in sorted(
-            ((name, value) for name, value in header.items() if name != "__metadata__"),
-            key=lambda item: item[1]["data_offsets"][0],
-        ):
-            begin, end = value["data_offsets"]
-            shape = tuple(int(extent) for extent in value["shape"])
-            if value["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is {value['dtype']}, supported: {', '.join(DTYPES)}")
-            dtype = DTYPES[value["dtype"]]
-            if (
-                min(shape, default=0) < 0
-                or begin != expected
-                or end - begin != torch.Size(shape).numel() * dtype.itemsize
-            ):
-                raise ValueError(f"{name} has offsets {begin} to {end} for the shape {list(shape)}")
-            entries[name] = _Entry(file, 8 + length + begin, end - begin, dtype, shape)
-            expected = end
-        if 8 + length + expected > size:
-            raise ValueError(f"truncated: {size} bytes where its header needs {8 + length + expected}")
+            header = json.loads(raw.read(length).decode(), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        entries = {name: _read_entry(file, name, value, 8 + length) for name, value in header.items()}
+        expected = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+            if entry.offset != expected:
+                raise ValueError(f"{name} begins at byte {entry.offset} of the file, where {expected} was due")
+            expected += entry.bytes
+        if size < expected:
+            raise ValueError(f"truncated: {size} bytes where its header needs {expected}")
+        if size > expected:
+            raise ValueError(f"{size} bytes where its header needs {expected}")
         return entries
     except FileNotFoundError:
         raise CptainError(f"{file}: missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CptainError(f"{file}: not a valid safetensors file: {one_line(error)}") from error
 
 
@@ -82,16 +96,23 @@ class SafetensorsReader(FolderFiles):
         index = folder / INDEX
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)[
+                    "weight_map"
+                ]
                 shards = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if not all(shard.isprintable() for shard in shards):
+                    raise ValueError("it names a file that cannot be printed")
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise CptainError(f"{index}: cannot be read: {one_line(error)}") from error
             for shard in shards:
-                if Path(shard).name != shard:
+                if Path(shard).name != shard or shard == "..":
                     raise CptainError(f"{index}: {shard}: a shard must lie beside its index")
                 if not (folder / shard).is_file():
                     raise CptainError(f"{folder / shard}: missing, and {INDEX} names it")
-                self._entries.update(_read_header(folder / shard))
+                for name, entry in _read_header(folder / shard).items():
+                    if weight_map.get(name, shard) != shard or name in self._entries:
+                        raise CptainError(f"{folder / shard}: {name}: is in another file too, by {INDEX}")
+                    self._entries[name] = entry
             if absent := sorted(set(weight_map) - set(self._entries)):
                 raise CptainError(f"{index}: names {absent[0]}, which is not in {weight_map[absent[0]]}")
         elif (folder / SINGLE).is_file():

@@ -201,6 +201,10 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
             _AsHuggingFace(reader, architecture) if isinstance(reader, TorchDistReader) else reader
             for reader in readers
         ]
+    if logits:
+        for reader in readers:
+            if isinstance(reader, TorchDistReader):
+                reader.check_objects()
     rows = compare_tensors(*sides)
     for reader in readers:
         reader.close()

@@ -1,0 +1,252 @@
+"""Pickles and `torch.save` archives of a checkpoint, opened without running anything that they ask for.
+
+A pickle runs code when it is loaded. Here every class and function that one names must be on a list, and all but plain
+containers become inert stubs: a stub keeps what it was called with, and has no behaviour. What a pickle says is
+therefore a tree of stubs, tuples, lists, dicts and plain values, which the caller checks before it believes it.
+
+A `torch.save` archive is a zip file without compression: `<name>/data.pkl` is the pickle, in which a tensor names its
+storage, and `<name>/data/<storage>` holds the storage's bytes.
+"""
+
+import io
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from cptain.errors import one_line
+
+_LONGEST_READ = 64 << 20  # bytes of a zip directory or of a pickle: those of real checkpoints are far smaller
+
+
+class Stub:
+    """Stands in for what a pickle names: keeps its arguments and state, has no behaviour."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Stub":
+        stub = super().__new__(cls)
+        stub.__dict__.update(arguments=arguments, state=None)
+        return stub
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a {type(self).__name__} without {name}")
+
+
+def is_a(value: Any, name: str) -> bool:
+    """Whether a pickle called its value by this name; a class of Megatron's that derives from it has a longer one."""
+    return isinstance(value, Stub) and type(value).__name__.endswith(name)
+
+
+# Containers that hold values and run nothing.
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+}
+# What else torch, numpy and Megatron's saved arguments name.
+_NAMES = {
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch.serialization", "_get_layout"),
+    ("builtins", "getattr"),  # before 3.11.4, Python 3.11 pickles members of enums that way
+    ("builtins", "bytearray"),
+    ("builtins", "complex"),
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("signal", "Signals"),
+    ("datetime", "datetime"),
+    ("datetime", "timedelta"),
+    ("_io", "BytesIO"),
+    ("io", "BytesIO"),
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+}
+# Their classes. Functions would do things when Megatron itself loads the checkpoint.
+_PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
+            return torch.__dict__[name]
+        is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
+        is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+        if (module, name) in _NAMES or is_storage or (module.startswith(_PACKAGES) and is_class):
+            return type(name, (Stub,), {"__module__": module})
+        raise pickle.UnpicklingError(
+            f"it asks for {ascii(module + '.' + name)[1:-1]}, which a checkpoint does not need"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+def load_pickle(data: bytes) -> Any:
+    """What a pickle holds, as stubs, containers and plain values.
+
+    Raises:
+        ValueError: it asks for a name that is not on the list, or is no pickle. Whatever an unpickler can raise is in
+        it.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            # The unpickler allocates as much room as the highest place in its memo.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+                raise ValueError(f"a pickle of {len(data)} bytes that asks for {argument} places")
+        return _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:
+        raise ValueError(one_line(error)) from error
+
+
+def numbers(values: Any) -> tuple[int, ...]:
+    """Values that a file claims to be sizes, as a tuple of whole numbers from 0."""
+    if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
+        raise ValueError(f"{ascii(values)[:80]} where sizes were due")
+    return values
+
+
+def stubs(value: Any) -> Iterator[Stub]:
+    """The stubs among the values of a list or tuple that a pickle holds; anything else there is refused.
+
+    Raises:
+        ValueError: not a list or tuple of stubs.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Stub) for one in value):
+        raise ValueError(f"{ascii(value)[:80]} where objects were due")
+    yield from value
+
+
+class _Window(io.RawIOBase):
+    """Bytes `offset` to `offset + length` of a file, seekable, for zipfile; reads what it is asked for and no more."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"it points to byte {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        room = max(0, self._length - self._position)
+        wanted = room if size < 0 else min(size, room)
+        if wanted > _LONGEST_READ:
+            raise ValueError(f"it asks for {wanted} bytes at once")
+        content = os.pread(self._descriptor, wanted, self._offset + self._position)
+        self._position += len(content)
+        return content
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A member of a `torch.save` archive, whose names all begin with a folder of their own."""
+    found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == name]
+    if len(found) != 1:
+        raise ValueError(f"it has {len(found)} members {name}")
+    if found[0].compress_type != zipfile.ZIP_STORED or found[0].compress_size != found[0].file_size:
+        raise ValueError(f"{name} is compressed")
+    return found[0]
+
+
+def load_archive(descriptor: int, offset: int, length: int) -> Any:
+    """The pickle of the `torch.save` archive at `offset` of a file, its storages left where they are.
+
+    Raises:
+        ValueError: see `load_pickle`; or no such archive.
+    """
+    try:
+        with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
+            return load_pickle(archive.read(_member(archive, "data.pkl")))
+    except Exception as error:
+        raise ValueError(one_line(error)) from error
+
+
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A contiguous tensor in a `torch.save` archive: what it is, and the byte of the file at which its values begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+def find_tensor(descriptor: int, offset: int, length: int) -> SavedTensor:
+    """The tensor of the archive at `offset` of a file, of `length` bytes, without its values being read.
+
+    Raises:
+        ValueError: no such archive, or one that holds no contiguous tensor within its bounds.
+    """
+    try:
+        with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
+            tensor = load_pickle(archive.read(_member(archive, "data.pkl")))
+            if is_a(tensor, "_rebuild_parameter"):
+                tensor = tensor.arguments[0]
+            if not is_a(tensor, "_rebuild_tensor_v2"):
+                raise ValueError("it holds no tensor")
+            (_, storage_type, name, *_), first, shape, stride = tensor.arguments[:4]
+            member = _member(archive, f"data/{name}")
+        dtype = _STORAGES.get(getattr(storage_type, "__name__", ""))
+        if dtype is None:
+            raise ValueError(f"a tensor of {ascii(storage_type)[:80]}")
+        (first,), shape, stride = numbers((first,)), numbers(shape), numbers(stride)
+        if any(
+            extent > 1 and step != prod(shape[place + 1 :])
+            for place, (extent, step) in enumerate(zip(shape, stride, strict=True))
+        ):
+            raise ValueError("a tensor that is not contiguous")
+        signature, name_length, extra_length = struct.unpack(
+            "<4s22xHH", os.pread(descriptor, 30, offset + member.header_offset)
+        )
+        begin = member.header_offset + 30 + name_length + extra_length
+        if signature != b"PK\3\4" or begin + member.file_size > length:
+            raise ValueError("a storage that lies outside its archive")
+        if (first + prod(shape)) * dtype.itemsize > member.file_size:
+            raise ValueError("a storage that is smaller than its tensor")
+        return SavedTensor(dtype, shape, offset + begin + first * dtype.itemsize)
+    except Exception as error:
+        raise ValueError(one_line(error)) from error
