@@ -15,7 +15,7 @@ from typing import Any
 
 from cptain import __version__
 from cptain.architecture import Architecture, model_folder, read_architecture
-from cptain.atomic import atomic_folder
+from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, TorchDistWriter, write_tracker
@@ -178,6 +178,7 @@ def convert(run: RunFile, force: bool = False) -> Path:
     with SafetensorsReader(folder) as reader:
         check_tensors(reader, architecture)
         source = _source(folder, reader)
+        remove_stale_partials(root)
         if not force and _is_done(root, source):
             print(f"convert: {root / RELEASE} is done and the model unchanged", file=sys.stderr)
             return root

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from cptain.architecture import Architecture, model_folder, read_architecture, read_config
-from cptain.atomic import atomic_folder
+from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import Rule, model_order, row_ranges, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
@@ -129,6 +129,7 @@ def export(run: RunFile, iteration: int | None = None, force: bool = False) -> P
     target = run.hf_folder / source.name
     with TorchDistReader(source) as reader:
         check_checkpoint(reader, architecture)
+        remove_stale_partials(target.parent)
         if not force and target.exists() and target.stat().st_mtime_ns > (source / ".metadata").stat().st_mtime_ns:
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return target
