@@ -84,6 +84,13 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+def rows_of(tensor: Any) -> Callable[[int, int, Any], None]:
+    """Where a writer of checkpoints gets the rows of a tensor."""
+    import torch
+
+    return lambda first, stop, buffer: buffer.copy_(tensor[first:stop].contiguous().view(-1).view(torch.uint8))
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What is half-written, or was left so, below `folder`."""
     return [path for path in folder.rglob("*") if ".partial" in path.name]

@@ -10,15 +10,18 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import count
+from conftest import count, rows_of
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.streaming import write_files
 from cptain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from cptain.errors import CptainError
+from cptain.progress import Progress
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
@@ -42,12 +45,14 @@ b"x".decode("cp437")  # zipfile's: imported here, so that it is not what a hosti
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small torch_dist checkpoint: a tensor of two chunks, one of a single chunk, an object and common.pt."""
     folder = tmp_path_factory.mktemp("sound")
-    writer = TorchDistWriter(folder)
+    writer = TorchDistWriter(100)
     for row in (0, 2):
-        writer.write_chunk("layers.weight", (4, 3), (row, 0), torch.arange(row, row + 6.0).reshape(2, 3))
-    writer.write_chunk("norm.weight", (5,), (0,), torch.arange(5.0))
-    writer.write_object("layers._extra_state", 0, 1, None)
-    writer.finish({"args": None, "iteration": 3})
+        rows = torch.arange(row, row + 6.0).reshape(2, 3)
+        writer.add_chunk("layers.weight", (4, 3), (row, 0), (2, 3), rows.dtype, rows_of(rows))
+    writer.add_chunk("norm.weight", (5,), (0,), (5,), torch.float32, rows_of(torch.arange(5.0)))
+    writer.add_object("layers._extra_state", 0, 1, None)
+    write_files(folder, writer.files, 1, Progress("test", 1, "B"))
+    writer.finish(folder, {"args": None, "iteration": 3})
     read_all(folder)
     return folder
 
@@ -61,7 +66,8 @@ def read_all(folder: Path) -> None:
     """Everything that export and train read of a checkpoint."""
     with TorchDistReader(folder) as reader:
         for name in reader.names():
-            reader.read(name)
+            shape, dtype = reader.shape(name), reader.dtype(name)
+            reader.read(name, None, 0, shape[0], torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8))
         reader.check_objects()
 
 
@@ -464,7 +470,8 @@ def weights(tmp_path: Path) -> Path:
 def read_weights(folder: Path) -> None:
     with SafetensorsReader(folder) as reader:
         for name in reader.names():
-            reader.read(name)
+            shape, dtype = reader.shape(name), reader.dtype(name)
+            reader.read(name, 0, shape[0] if shape else 1, torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8))
 
 
 A, B = (

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cptain.checkpoint.convert import convert
 from cptain.checkpoint.export import export
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.torch_dist import TorchDistReader, write_tracker
+from cptain.checkpoint.verify import tensors
 from cptain.errors import CptainError
 from cptain.run_file import RunFile, load_run
 
@@ -41,8 +43,10 @@ def digest(folder: Path) -> str:
     total = hashlib.sha256()
     is_hf = (folder / "config.json").exists()
     with SafetensorsReader(folder) if is_hf else TorchDistReader(folder) as reader:
-        for name in sorted(reader.names()):
-            total.update(name.encode() + reader.read(name).view(torch.uint8).numpy().tobytes())
+        for name, tensor in sorted(tensors(reader).items()):
+            content = torch.empty(prod(tensor.shape) * tensor.dtype.itemsize, dtype=torch.uint8)
+            tensor.fill(0, tensor.rows, content)
+            total.update(name.encode() + content.numpy().tobytes())
     for file in sorted(folder.glob("*.json")):
         total.update(file.name.encode() + file.read_bytes())
     return total.hexdigest()
@@ -64,7 +68,13 @@ def forked(work: Callable[[], Any]) -> int:
 
 def trials(file: Path, stage: str) -> None:
     """Kill a stage at random moments and judge what it leaves; run in a process of its own, which it forks."""
-    run, stages = load_run(file), {"convert": convert, "export": lambda run, force: export(run, None, force)}
+    run, stages = (
+        load_run(file),
+        {
+            "convert": lambda run, force: convert(run, 2, force),
+            "export": lambda run, force: export(run, None, 2, force),
+        },
+    )
     folder = target(run, stage)
 
     def once(force: bool) -> None:
@@ -102,7 +112,11 @@ def trials(file: Path, stage: str) -> None:
 def together(file: Path, stage: str) -> None:
     """Run a stage in four processes at once, many times; the folder must be whole after each."""
     run, folder = load_run(file), target(load_run(file), stage)
-    work = convert if stage == "convert" else lambda run, force: export(run, None, force)
+    work = (
+        (lambda run, force: convert(run, 2, force))
+        if stage == "convert"
+        else lambda run, force: export(run, None, 2, force)
+    )
     work(run, force=True)
     expected = digest(folder)
     for number in range(10):

@@ -1,4 +1,4 @@
-"""safetensors files of a Hugging Face model's folder, read and written one tensor at a time.
+"""safetensors files of a Hugging Face model's folder, read and written a few rows at a time.
 
 The format: u64 length of a JSON header, the header {name: {dtype, shape, data_offsets: [begin, end]}}, then the data,
 which the offsets count from. A memory map would count every page read as this process's memory; plain reads keep it at
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
+from cptain.checkpoint.mapping import row_ranges
+from cptain.checkpoint.streaming import FilePlan, Fill, Rows
 from cptain.errors import CptainError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -142,93 +144,64 @@ class SafetensorsReader(FolderFiles):
         """A tensor's dtype."""
         return self._entries[name].dtype
 
-    def read(self, name: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `first` to `stop` of a tensor, in memory of their own."""
+    def read(self, name: str, first: int, stop: int, buffer: torch.Tensor) -> None:
+        """Rows `first` to `stop` of a tensor into `buffer`, a flat tensor of uint8 that they fill."""
         entry = self._entries[name]
-        rows = entry.shape[0]
-        stop = rows if stop is None else stop
-        row_bytes = entry.bytes // rows if rows else 0
-        buffer = torch.empty((stop - first) * row_bytes, dtype=torch.uint8)
+        row_bytes = entry.bytes // max([1, *entry.shape[:1]])
         self.read_into(buffer, entry.file.name, entry.offset + first * row_bytes)
-        return buffer.view(entry.dtype).reshape(stop - first, *entry.shape[1:])
 
 
 class SafetensorsWriter:
-    """Writes a folder of shards and their index; every tensor's shape is known ahead, so headers come first and data
-    streams.
+    """Plans a folder of shards; `finish` writes their index. Every tensor's shape is known ahead, so data streams.
 
     Args:
-        folder: an existing folder.
-        tensors: names and shapes, in the order in which `write` will get them.
+        tensors: names, shapes, and where their rows come from.
         dtype: of all of them.
         shard_bytes: a shard is closed before it grows over this; 5 GB is what transformers itself uses.
     """
 
     def __init__(
         self,
-        folder: Path,
-        tensors: Iterable[tuple[str, tuple[int, ...]]],
+        tensors: Iterable[tuple[str, tuple[int, ...], Fill]],
         dtype: torch.dtype,
         shard_bytes: int = 5 * 10**9,
     ) -> None:
-        self.folder, self.dtype = folder, dtype
-        shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
-        filled = 0
-        for name, shape in tensors:
-            size = torch.Size(shape).numel() * dtype.itemsize
+        shards: list[list[tuple[str, tuple[int, ...], Fill]]] = [[]]
+        self.bytes = filled = 0
+        for name, shape, fill in tensors:
+            size = prod(shape) * dtype.itemsize
             if shards[-1] and filled + size > shard_bytes:
                 shards.append([])
                 filled = 0
-            shards[-1].append((name, shape, size))
+            shards[-1].append((name, shape, fill))
             filled += size
-        self._shards = [
-            (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors", members)
-            for number, members in enumerate(shards, start=1)
-        ]
-        self._pending = [(name, shape, shard) for shard, members in self._shards for name, shape, _ in members]
-        self._open: tuple[str, Any] | None = None
+            self.bytes += size
+        self.files: list[FilePlan] = []
+        self._weight_map: dict[str, str] = {}
+        for number, members in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._weight_map |= {name: file for name, _, _ in members}
+            self.files.append(_plan_shard(file, members, dtype))
 
-    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write the next tensor, given as consecutive rows."""
-        expected, shape, shard = self._pending.pop(0)
-        if name != expected:
-            raise ValueError(f"{name} was written where {expected} was due")
-        if self._open is None or self._open[0] != shard:
-            self._begin(shard)
-        assert self._open is not None
-        rows = 0
-        for piece in pieces:
-            if tuple(piece.shape[1:]) != shape[1:] or piece.dtype != self.dtype:
-                raise ValueError(f"{name}: a piece of {tuple(piece.shape)} {piece.dtype} for {shape} {self.dtype}")
-            rows += piece.shape[0]
-            self._open[1].write(memoryview(piece.contiguous().view(torch.uint8).flatten().numpy()))
-        if rows != shape[0]:
-            raise ValueError(f"{name}: {rows} rows written, {shape[0]} due")
+    def finish(self, folder: Path) -> None:
+        """Write the index, for a single shard too: a loader then finds one layout, not two."""
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _begin(self, shard: str) -> None:
-        self._close()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, shape, size in dict(self._shards)[shard]:
-            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8 bytes
-        file = open(self.folder / shard, "wb", buffering=1 << 20)  # noqa: SIM115 closed by _close
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        self._open = (shard, file)
 
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-    def finish(self) -> None:
-        """Close the last shard and write the index, for a single shard too: a loader then finds one layout, not two."""
-        self._close()
-        if self._pending:
-            raise ValueError(f"{self._pending[0][0]} was never written")
-        total = sum(size for _, members in self._shards for _, _, size in members)
-        weight_map = {name: shard for shard, members in self._shards for name, _, _ in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _plan_shard(file: str, members: list[tuple[str, tuple[int, ...], Fill]], dtype: torch.dtype) -> FilePlan:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, _ in members:
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8 bytes
+    plan = FilePlan(file, [(0, struct.pack("<Q", len(encoded)) + encoded)], bytes=8 + len(encoded) + offset)
+    for name, shape, fill in members:
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        begin = 8 + len(encoded) + header[name]["data_offsets"][0]
+        for first, stop in row_ranges(shape, dtype):
+            plan.rows.append(Rows(name, begin + first * row_bytes, first, stop, row_bytes, fill))
+    return plan

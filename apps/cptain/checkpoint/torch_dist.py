@@ -8,11 +8,12 @@ A folder of torch.distributed.checkpoint (DCP) with Megatron's conventions:
 - `common.pt` (until 0.18) or the object `common_state/shard_0_1` holds everything that is no tensor: args, iteration;
 - `metadata.json` names the backend. It is written last: a folder without it is not a checkpoint.
 
-Megatron's own writer holds every tensor before it writes; this one appends chunks and keeps only their places. Nothing
-that is read runs anything (see `torch_save`), and nothing is believed before it is checked: the chunks of a tensor
-must fill it exactly, and lie within their files.
+Megatron's own writer holds every tensor before it writes; this one knows every chunk's place ahead, and streams.
+Nothing that is read runs anything (see `torch_save`), and nothing is believed before it is checked: the chunks of a
+tensor must fill it exactly, and lie within their files.
 """
 
+import io
 import json
 import pickle
 from dataclasses import dataclass
@@ -34,7 +35,18 @@ from torch.distributed.checkpoint.metadata import (
 from cptain.atomic import write_text
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
-from cptain.checkpoint.torch_save import SavedTensor, Stub, find_tensor, is_a, load_archive, load_pickle, numbers, stubs
+from cptain.checkpoint.streaming import FilePlan, Fill, Rows
+from cptain.checkpoint.torch_save import (
+    SavedTensor,
+    Stub,
+    TensorArchive,
+    find_tensor,
+    is_a,
+    load_archive,
+    load_pickle,
+    numbers,
+    stubs,
+)
 from cptain.errors import CptainError, one_line
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -43,7 +55,8 @@ _CONFIG = "metadata.json"
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
 _NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_")
-_FILE_BYTES = 4 << 30  # a new .distcp file is begun over this
+_FILES = 64  # .distcp files that a checkpoint is cut into, as far as their sizes allow
+_SMALLEST_FILE, _LARGEST_FILE = 64 << 20, 2 << 30
 
 
 def iteration_folder(root: Path, iteration: int | None) -> Path:
@@ -73,64 +86,77 @@ def write_tracker(root: Path, iteration: int | None) -> None:
 
 
 class TorchDistWriter:
-    """Appends chunks of tensors to .distcp files in an existing folder; `finish` makes it a checkpoint."""
+    """Plans the .distcp files of a checkpoint, chunk by chunk; `finish` makes the folder that holds them a checkpoint.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        total: bytes of all chunks, for files of a handy size.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.files: list[FilePlan] = []
+        self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
         self._tensors: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: Any = None
-        self._files = 0
 
-    def write_chunk(self, key: str, shape: Shape, offset: Shape, chunk: torch.Tensor) -> None:
-        """Write `chunk`, which lies at `offset` in the tensor `key` of `shape`.
+    def add_chunk(self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, fill: Fill) -> None:
+        """Plan a chunk, which lies at `offset` in the tensor `key` of `shape`.
+
+        Args:
+            key: Megatron's.
+            shape: of the whole tensor.
+            offset: of the chunk.
+            chunk: its shape; a leading 1 is that of one layer.
+            dtype: of the whole tensor.
+            fill: asked for rows of the chunk, counted behind a leading 1.
 
         Raises:
             ValueError: chunks of one tensor that differ in dtype.
         """
-        if chunk.untyped_storage().nbytes() != chunk.numel() * chunk.element_size() or not chunk.is_contiguous():
-            chunk = chunk.clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
         entry = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(shape), [])
+            key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         )
-        if entry.properties.dtype != chunk.dtype:
-            raise ValueError(f"{key}: {chunk.dtype} after {entry.properties.dtype}")
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk.shape)))
-        self._append(MetadataIndex(key, torch.Size(offset)), chunk)
+        if entry.properties.dtype != dtype:
+            raise ValueError(f"{key}: {dtype} after {entry.properties.dtype}")
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk)))
+        archive = TensorArchive(dtype, chunk)
+        file, begin = self._append(MetadataIndex(key, torch.Size(offset)), archive.length)
 
-    def write_object(self, key: str, shard: int, shards: int, value: Any) -> None:
-        """Write a Python object as Megatron's ShardedObject does: a list of one, under key/shard_N_of."""
+        def frame(checksum: int) -> list[tuple[int, bytes]]:
+            return [(begin + at, content) for at, content in archive.frame(checksum)]
+
+        rows = chunk[1] if len(chunk) > 1 and chunk[0] == 1 and len(shape) > 1 and shape != chunk else chunk[0]
+        row_bytes = prod(chunk) * dtype.itemsize // rows
+        file.rows.append(Rows(key, begin + archive.begin, 0, rows, row_bytes, fill, frame))
+
+    def add_object(self, key: str, shard: int, shards: int, value: Any) -> None:
+        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of."""
         name = f"{key}/shard_{shard}_{shards}"
         self._tensors[name] = BytesStorageMetadata()
-        self._append(MetadataIndex(name), [value])
+        content = io.BytesIO()
+        torch.save([value], content)
+        file, begin = self._append(MetadataIndex(name), len(content.getvalue()))
+        file.pieces.append((begin, content.getvalue()))
 
-    def _append(self, index: MetadataIndex, value: Any) -> None:
-        if self._file is None or self._file.tell() >= _FILE_BYTES:
-            self._close()
-            self._file = open(self.folder / f"__0_{self._files}.distcp", "wb", buffering=1 << 20)  # noqa: SIM115
-            self._files += 1
-        begin = self._file.tell()
-        torch.save(value, self._file)
-        self._places[index] = _StorageInfo(Path(self._file.name).name, begin, self._file.tell() - begin)
+    def _append(self, index: MetadataIndex, length: int) -> tuple[FilePlan, int]:
+        if not self.files or self.files[-1].bytes >= self._file_bytes:
+            self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
+        file = self.files[-1]
+        begin, file.bytes = file.bytes, file.bytes + length
+        self._places[index] = _StorageInfo(file.name, begin, length)
+        return file, begin
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def finish(self, common: dict[str, Any]) -> None:
+    def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write the metadata, `common` (plain values and an argparse.Namespace of them) and, last, metadata.json."""
-        self._close()
-        torch.save(common, self.folder / _COMMON_FILE)
+        torch.save(common, folder / _COMMON_FILE)
         metadata = Metadata(state_dict_metadata=self._tensors, planner_data=None, storage_data=self._places)
-        (self.folder / _METADATA).write_bytes(pickle.dumps(metadata))
+        (folder / _METADATA).write_bytes(pickle.dumps(metadata))
         backend = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,
             "common_backend": "torch",
             "common_backend_version": 1,
         }
-        (self.folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
+        (folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -259,6 +285,8 @@ class TorchDistReader(FolderFiles):
                 self._objects[key] = place
             elif not _printable(key).startswith(_NOT_THE_MODEL):
                 self._tensors[key] = _read_tensor(key, entry, places)
+        self._by_layer: dict[str, dict[int, list[_Chunk]]] = {}
+        self._begins: dict[_Place, int] = {}
         self._sizes: dict[str, int] = {}
         for place in places.values():
             self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
@@ -304,33 +332,49 @@ class TorchDistReader(FolderFiles):
         """A tensor's dtype."""
         return self._tensors[key].dtype
 
-    def read(self, key: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `first` to `stop` along dimension 0 of a tensor, put together from its chunks.
+    def read(self, key: str, layer: int | None, first: int, stop: int, buffer: torch.Tensor) -> None:
+        """Rows `first` to `stop` of a tensor, put together from its chunks.
+
+        Args:
+            key: the tensor.
+            layer: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
+            first: the first row.
+            stop: the row behind the last.
+            buffer: a flat tensor of uint8, which they fill.
 
         Raises:
             CptainError: chunks that are not what the metadata says.
         """
-        tensor = self._tensors[key]
-        stop = tensor.shape[0] if stop is None else stop
-        result = torch.empty((stop - first, *tensor.shape[1:]), dtype=tensor.dtype)
-        for chunk in tensor.chunks:
-            begin, end = max(first, chunk.offset[0]), min(stop, chunk.offset[0] + chunk.shape[0])
-            if begin >= end:
+        tensor, depth = self._tensors[key], 0 if layer is None else 1
+        target = buffer.view(tensor.dtype).reshape(stop - first, *tensor.shape[depth + 1 :])
+        for chunk in tensor.chunks if layer is None else self._chunks_of_layer(key, layer):
+            offset, shape = chunk.offset[depth:], chunk.shape[depth:]
+            begin, end = max(first, offset[0]), min(stop, offset[0] + shape[0])
+            if begin >= end or not prod(shape):
                 continue
-            box = zip(chunk.offset[1:], chunk.shape[1:], strict=True)
-            target = result[(slice(begin - first, end - first), *(slice(at, at + extent) for at, extent in box))]
-            offset = self._find(key, tensor, chunk) + (begin - chunk.offset[0]) * target[:1].nbytes
-            contiguous = (
-                target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-            )
-            self.read_into(contiguous.view(torch.uint8).flatten(), chunk.place.file, offset)
-            if contiguous is not target:
-                target.copy_(contiguous)
-        return result
+            box = (slice(at, at + extent) for at, extent in zip(offset[1:], shape[1:], strict=True))
+            part = target[(slice(begin - first, end - first), *box)]
+            rows = begin - offset[0] + (0 if layer is None else (layer - chunk.offset[0]) * shape[0])
+            at = self._find(key, tensor, chunk) + rows * prod(shape[1:]) * tensor.dtype.itemsize
+            whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+            self.read_into(whole.view(-1).view(torch.uint8), chunk.place.file, at)
+            if whole is not part:
+                part.copy_(whole)
+
+    def _chunks_of_layer(self, key: str, layer: int) -> list[_Chunk]:
+        if key not in self._by_layer:
+            found: dict[int, list[_Chunk]] = {}
+            for chunk in self._tensors[key].chunks:
+                for number in range(chunk.offset[0], chunk.offset[0] + chunk.shape[0]):
+                    found.setdefault(number, []).append(chunk)
+            self._by_layer[key] = found
+        return self._by_layer[key].get(layer, [])
 
     def _find(self, key: str, tensor: _Tensor, chunk: _Chunk) -> int:
         """The byte of its file at which a chunk's values begin."""
         place = chunk.place
+        if (begin := self._begins.get(place)) is not None:
+            return begin
         try:
             saved = find_tensor(self.descriptor(place.file), place.offset, place.length)
             if (saved.shape, saved.dtype) != (chunk.shape, tensor.dtype):
@@ -340,4 +384,5 @@ class TorchDistReader(FolderFiles):
                 raise ValueError(f"a chunk of {found} where {_METADATA} has {due}")
         except ValueError as error:
             raise CptainError(f"{self.folder / place.file}: {key}: {one_line(error)}") from error
+        self._begins[place] = saved.begin
         return saved.begin

@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -250,3 +251,79 @@ def find_tensor(descriptor: int, offset: int, length: int) -> SavedTensor:
         return SavedTensor(dtype, shape, offset + begin + first * dtype.itemsize)
     except Exception as error:
         raise ValueError(one_line(error)) from error
+
+
+class _Storage:
+    """Stands for a storage in a pickle that is written."""
+
+
+class _SavedTensor:
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
+        stride = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+        self._arguments: tuple[Any, ...] = (storage, 0, shape, stride, False, OrderedDict())
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, self._arguments
+
+
+class _TensorPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, dtype: torch.dtype, values: int) -> None:
+        super().__init__(file, protocol=2)
+        storage = next(name for name, one in _STORAGES.items() if one == dtype)
+        self._place = ("storage", getattr(torch, storage), "0", "cpu", values)
+
+    def persistent_id(self, value: Any) -> Any:
+        return self._place if isinstance(value, _Storage) else None
+
+
+_ALIGNMENT = 64  # of a storage in its file, as torch.save has it
+
+
+class TensorArchive:
+    """The `torch.save` archive of a contiguous tensor around values that are written later.
+
+    Format: PKWARE's APPNOTE.TXT 4.3, without 64-bit records; torch's are the members and their names.
+
+    Attributes:
+        begin: the byte of the archive at which the values begin.
+        length: bytes of the archive, values included.
+
+    Raises:
+        ValueError: 2 GiB of values or more.
+    """
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        pickled = io.BytesIO()
+        _TensorPickler(pickled, dtype, prod(shape)).dump(_SavedTensor(_Storage(), shape))
+        self._bytes = prod(shape) * dtype.itemsize
+        if self._bytes >= 1 << 31:
+            raise ValueError(f"{list(shape)} {dtype} is too much for one archive")
+        self._small = {"data.pkl": pickled.getvalue(), "byteorder": b"little", "version": b"3\n"}
+        local, _ = self._entries(0)
+        self.begin = len(local)
+        self.length = len(b"".join(content for _, content in self.frame(0))) + self._bytes
+
+    def frame(self, checksum: int) -> list[tuple[int, bytes]]:
+        """What stands before and behind values of this CRC-32, as (byte of the archive, content)."""
+        local, directory = self._entries(checksum)
+        behind = self.begin + self._bytes
+        count = len(self._small) + 1
+        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(directory), behind, 0)
+        return [(0, local), (behind, directory + end)]
+
+    def _entries(self, checksum: int) -> tuple[bytes, bytes]:
+        """The members up to the values, which come last, and the directory of all."""
+        local, directory = b"", b""
+        members = [(name, content, zlib.crc32(content), len(content)) for name, content in self._small.items()]
+        for name, content, crc, size in [*members, ("data/0", b"", checksum, self._bytes)]:
+            encoded, extra = f"archive/{name}".encode(), b""
+            if name == "data/0":
+                gap = -(len(local) + 30 + len(encoded) + 4) % _ALIGNMENT
+                extra = struct.pack("<2sH", b"FB", gap) + bytes(gap)
+            common = struct.pack("<5H3I2H", 10, 0, 0, 0, 33, crc, size, size, len(encoded), len(extra))
+            directory += (
+                struct.pack("<4sH", b"PK\1\2", 10) + common[:-2] + struct.pack("<4H2I", 0, 0, 0, 0, 0, len(local))
+            )
+            directory += encoded
+            local += b"PK\3\4" + common + encoded + extra + content
+        return local, directory
