@@ -21,8 +21,7 @@ from isal import isal_zlib
 from cptain.progress import Progress
 
 Fill = Callable[[int, int, torch.Tensor], None]  # rows (first, stop) of a tensor into a flat tensor of uint8
-BUFFER_BYTES = 16 << 20
-_ALL_BUFFERS = 512 << 20
+_BUFFER = 1 << 20  # bytes: what is read is still in the processor's cache when it is written
 _Result = TypeVar("_Result")
 
 
@@ -63,9 +62,9 @@ class Stopped(Exception):
 class Buffers:
     """What a thread works with: `count` flat tensors of uint8, and whether it is to stop."""
 
-    def __init__(self, count: int, size: int, stopping: threading.Event) -> None:
+    def __init__(self, count: int, stopping: threading.Event) -> None:
         self.stopping = stopping
-        self._memory = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
+        self._memory = [torch.empty(_BUFFER, dtype=torch.uint8) for _ in range(count)]
 
     def row_ranges(self, first: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Rows (first, stop) in steps that fit, each with buffers of their length."""
@@ -89,11 +88,10 @@ def in_threads(
         Exception: what a task raised; the others stop within a buffer's time.
     """
     stopping, local = threading.Event(), threading.local()
-    size = min(BUFFER_BYTES, _ALL_BUFFERS // (workers * buffers))
 
     def work(task: Callable[[Buffers], _Result]) -> _Result:
         if not hasattr(local, "buffers"):
-            local.buffers = Buffers(buffers, size, stopping)
+            local.buffers = Buffers(buffers, stopping)
         return task(local.buffers)
 
     def results(pending: set[Future[_Result]]) -> Iterator[_Result]:
