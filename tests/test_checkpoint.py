@@ -106,14 +106,14 @@ def test_megatron_and_transformers_compute_the_same_logits(ready_run: Path, mode
     assert float(line.split("max |A−B| ")[1].split()[0]) < 1e-5
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "layers"), [(False, 3), (True, 3), (False, 1)])
 def test_bf16_and_tied_models_come_back_and_compute_the_same(
-    tmp_path: Path, make_run: RunFileMaker, tied: bool
+    tmp_path: Path, make_run: RunFileMaker, tied: bool, layers: int
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": layers, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=200, tie_word_embeddings=tied, head_dim=16, num_key_value_heads=1, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1

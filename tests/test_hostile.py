@@ -48,8 +48,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = TorchDistWriter(100)
     for row in (0, 2):
         rows = torch.arange(row, row + 6.0).reshape(2, 3)
-        writer.add_chunk("layers.weight", (4, 3), (row, 0), (2, 3), rows.dtype, rows_of(rows))
-    writer.add_chunk("norm.weight", (5,), (0,), (5,), torch.float32, rows_of(torch.arange(5.0)))
+        writer.add_chunk("layers.weight", (4, 3), (row, 0), (2, 3), rows.dtype, 2, rows_of(rows))
+    writer.add_chunk("norm.weight", (5,), (0,), (5,), torch.float32, 5, rows_of(torch.arange(5.0)))
     writer.add_object("layers._extra_state", 0, 1, None)
     write_files(folder, writer.files, 1, Progress("test", 1, "B"))
     writer.finish(folder, {"args": None, "iteration": 3})

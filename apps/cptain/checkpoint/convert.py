@@ -166,7 +166,9 @@ def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWri
             for first, stop in row_ranges((height, *row_shape), dtype):
                 offset = (*((layer,) if rule.layered else ()), begin + first, *(0,) * len(row_shape))
                 fill = fill_from_hf(reader, names, runs[rule.key], begin + first, prod(row_shape) * dtype.itemsize)
-                writer.add_chunk(rule.key, shape, offset, (*layered, stop - first, *row_shape), dtype, fill)
+                writer.add_chunk(
+                    rule.key, shape, offset, (*layered, stop - first, *row_shape), dtype, stop - first, fill
+                )
     layers = architecture.num_layers
     for key in LAYER_EXTRA_STATES:
         for layer in range(layers):

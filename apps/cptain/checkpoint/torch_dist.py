@@ -98,16 +98,19 @@ class TorchDistWriter:
         self._tensors: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def add_chunk(self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, fill: Fill) -> None:
+    def add_chunk(
+        self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
+    ) -> None:
         """Plan a chunk, which lies at `offset` in the tensor `key` of `shape`.
 
         Args:
             key: Megatron's.
             shape: of the whole tensor.
             offset: of the chunk.
-            chunk: its shape; a leading 1 is that of one layer.
+            chunk: its shape.
             dtype: of the whole tensor.
-            fill: asked for rows of the chunk, counted behind a leading 1.
+            rows: what the chunk is read by: of one layer's, those of dimension 1; else those of dimension 0.
+            fill: where they come from, counted from the chunk's first.
 
         Raises:
             ValueError: chunks of one tensor that differ in dtype.
@@ -124,7 +127,6 @@ class TorchDistWriter:
         def frame(checksum: int) -> list[tuple[int, bytes]]:
             return [(begin + at, content) for at, content in archive.frame(checksum)]
 
-        rows = chunk[1] if len(chunk) > 1 and chunk[0] == 1 and len(shape) > 1 and shape != chunk else chunk[0]
         row_bytes = prod(chunk) * dtype.itemsize // rows
         file.rows.append(Rows(key, begin + archive.begin, 0, rows, row_bytes, fill, frame))
 
