@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,20 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+_COUNTS: Counter[str] = Counter()
+
+
+def count(what: str, number: int = 1) -> None:
+    """Count what a suite tried; the last lines of the session say how many."""
+    _COUNTS[what] += number
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts, in every log."""
+    for what, number in _COUNTS.items():
+        terminalreporter.write_line(f"{what}: {number}")
+
+
 def cptain(*arguments: object) -> Result:
     """Run a command in this process; `output` holds stdout and stderr."""
     from cptain.cli import main
@@ -67,6 +82,13 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=900,
     )
+
+
+def rows_of(tensor: Any) -> Callable[[int, int, Any], None]:
+    """Where a writer of checkpoints gets the rows of a tensor."""
+    import torch
+
+    return lambda first, stop, buffer: buffer.copy_(tensor[first:stop].contiguous().view(-1).view(torch.uint8))
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -17,10 +17,11 @@ import torch
 from conftest import RunFileMaker, cptain, write_run_file
 from cptain.checkpoint.legacy import LegacyReader
 from cptain.checkpoint.torch_dist import TorchDistReader, write_tracker
-from cptain.checkpoint.verify import compare_tensors
+from cptain.checkpoint.verify import compare_tensors, tensors
 from cptain.errors import CptainError
 from cptain.run_file import load_run
 
+EMBEDDING = "embedding.word_embeddings.weight"
 RANK = "mp_rank_01_001/model_optim_rng.pt"
 
 
@@ -41,6 +42,16 @@ def legacy_run(
     (target / "torch" / "iter_0000000").rename(checkpoints / "iter_0000001")
     write_tracker(checkpoints, 1)
     return file
+
+
+def read(
+    reader: TorchDistReader | LegacyReader, key: str, first: int = 0, stop: int | None = None, layer: int | None = None
+) -> torch.Tensor:
+    """Rows of a tensor, or of one layer of it; all of them unless told."""
+    shape = reader.shape(key)[0 if layer is None else 1 :]
+    rows = torch.empty(((shape[0] if stop is None else stop) - first, *shape[1:]), dtype=reader.dtype(key))
+    reader.read(key, layer, first, first + len(rows), rows.view(-1).view(torch.uint8))
+    return rows
 
 
 def test_what_megatron_saved_in_four_parts_is_the_model_bit_for_bit(legacy_run: Path, model: Path) -> None:
@@ -70,21 +81,29 @@ def test_legacy_and_torch_dist_checkpoints_are_compared_under_megatrons_names(
 ) -> None:
     release, legacy = load_run(ready_run).megatron_folder / "release", load_run(legacy_run).checkpoints_folder
     with TorchDistReader(release) as a, LegacyReader(legacy / "iter_0000001") as b:
-        rows = {row.name: row for row in compare_tensors(a, b)}
-        assert b.read("embedding.word_embeddings.weight", 200, 300).equal(
-            a.read("embedding.word_embeddings.weight", 200, 300)
-        )  # rows of both tensor-parallel ranks, 256 each
-    assert [name for name, row in rows.items() if not row.equal] == [
-        "embedding.word_embeddings.weight",
-        "output_layer.weight",
-    ]
+        rows = {row.name: row for row in compare_tensors(tensors(a), tensors(b))}
+        for first, stop in ((200, 300), (255, 256), (256, 257)):  # each tensor-parallel rank has 256 rows
+            assert read(b, EMBEDDING, first, stop).equal(read(a, EMBEDDING, first, stop))
+    assert [name for name, row in rows.items() if not row.equal] == [EMBEDDING, "output_layer.weight"]
     assert rows["output_layer.weight"].shape == "[500, 64] ≠ [512, 64]"
 
 
-def save_one_rank(folder: Path, content: Any) -> None:
-    """Save what the only rank of a model that is not cut has."""
-    (folder / "mp_rank_00").mkdir(parents=True)
-    torch.save(content, folder / "mp_rank_00" / "model_optim_rng.pt")
+def test_any_rows_of_any_layer_are_read_from_the_ranks_that_have_them(legacy_run: Path, ready_run: Path) -> None:
+    release, legacy = load_run(ready_run).megatron_folder / "release", load_run(legacy_run).checkpoints_folder
+    with TorchDistReader(release) as a, LegacyReader(legacy / "iter_0000001") as b:
+        layered = [key for key in a.names() if key.startswith("decoder.layers.")]
+        assert len(layered) == 6
+        for key in layered:
+            height = a.shape(key)[1]
+            for first, stop in ((0, 1), (height // 4 - 1, height // 4 + 1), (1, height - 1), (height - 1, height)):
+                for layer in range(2):
+                    assert read(b, key, first, stop, layer).equal(read(a, key, first, stop, layer)), (key, first)
+
+
+def save_one_rank(folder: Path, content: Any, rank: int = 0) -> None:
+    """Save what one tensor-parallel rank has."""
+    (folder / f"mp_rank_0{rank}").mkdir(parents=True)
+    torch.save(content, folder / f"mp_rank_0{rank}" / "model_optim_rng.pt")
 
 
 def test_fused_names_extra_states_and_views_of_one_buffer_are_read(
@@ -97,7 +116,7 @@ def test_fused_names_extra_states_and_views_of_one_buffer_are_read(
     state["decoder.layers.0.mlp.linear_fc2._extra_state"] = torch.empty(0, dtype=torch.uint8)
     with TorchDistReader(load_run(ready_run).megatron_folder / "release") as reader:
         for key in reader.names():
-            tensor = reader.read(key)
+            tensor = read(reader, key)
             buffer = torch.cat([torch.zeros(7), tensor.flatten()])
             tensor = buffer[7:].view(tensor.shape)
             if key.startswith("decoder.layers."):
@@ -170,6 +189,8 @@ def test_a_damaged_or_hostile_legacy_checkpoint_is_refused_and_runs_nothing(
         ({"model": {"language_model": {}}}, "it is of a model from before megatron.core (language_model)"),
         ({"model": {}}, "it holds no tensors of a model"),
         ({"model": {"output_layer.weight": 1}}, "'output_layer.weight': not a tensor"),
+        ({"model": {"a\nb": torch.zeros(2)}}, r"'a\nb': not a tensor"),
+        ({"model": {"output_layer.weight": torch.zeros(0, 3)}}, "output_layer.weight: a part of shape [0, 3]"),
         ({"model": {"output_layer.weight": torch.zeros(2, 3).t()}}, "a tensor of [3, 2] that is not contiguous"),
         (
             {"model": {f"decoder.layers.{layer}.input_layernorm.weight": torch.zeros(2) for layer in (0, 2)}},
@@ -186,6 +207,17 @@ def test_what_is_no_model_of_megatron_core_is_refused(tmp_path: Path, content: A
     save_one_rank(tmp_path, content)
     with pytest.raises(CptainError, match=re.escape(message)):
         LegacyReader(tmp_path)
+
+
+def test_ranks_that_should_have_the_same_norm_and_do_not_are_refused(tmp_path: Path) -> None:
+    norm = "decoder.final_layernorm.weight"
+    for rank in range(2):
+        save_one_rank(tmp_path, {"model": {norm: torch.full((4,), 1.0 + rank)}}, rank)
+    with (
+        LegacyReader(tmp_path) as reader,
+        pytest.raises(CptainError, match=f"{norm}: the tensor-parallel ranks differ"),
+    ):
+        read(reader, norm)
 
 
 def test_logits_of_a_legacy_checkpoint_are_refused(legacy_run: Path, model: Path) -> None:

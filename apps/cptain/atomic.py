@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,20 @@ def atomic_file(final: Path) -> Iterator[Path]:
         raise
 
 
+def _take_name(partial: Path, final: Path, replaced: Path) -> None:
+    """Rename a folder to `final`, and what has that name to `replaced`; other processes may be doing the same."""
+    while True:
+        try:
+            os.rename(partial, final)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        _remove(replaced)
+        with suppress(FileNotFoundError):
+            os.rename(final, replaced)
+
+
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success its files are fsynced and it takes the name `final`.
@@ -94,14 +108,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
                 with open(path, "rb") as written:
                     os.fsync(written.fileno())
         fsync_folder(partial)
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(partial, final)
+        _take_name(partial, final, replaced)
         fsync_folder(final.parent)
     except BaseException as error:
         _remove(partial)
         if replaced.exists() and not final.exists():
-            os.replace(replaced, final)
+            _take_name(replaced, final, partial)
         _cannot_write(final, error)
         raise
     finally:

@@ -115,6 +115,16 @@ def _begin(stage: str, run: Any) -> Any:
     return run
 
 
+_workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Cores to use.  [default: those there are, 16 at most]"
+)
+
+
+def _threads(workers: int | None) -> int:
+    """What --workers asks for; a disk has no more to give beyond 16."""
+    return workers or min(16, len(os.sched_getaffinity(0)))
+
+
 class _Shard(click.ParamType):  # type: ignore[type-arg]
     """I/N, counted from 1."""
 
@@ -168,13 +178,14 @@ def preprocess(
 
 @main.command()
 @_run_options
+@_workers_option
 @_force_option("Convert")
-def convert(run: Path, overrides: tuple[str, ...], force: bool) -> None:
+def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
     """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
     loaded = _begin("convert", _load(run, overrides))
     from cptain.checkpoint.convert import convert as convert_model
 
-    convert_model(loaded, force)
+    convert_model(loaded, _threads(workers), force)
 
 
 @main.command()
@@ -223,8 +234,9 @@ class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic befo
     show_default=True,
     help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far.",
 )
+@_workers_option
 @_force_option("Export")
-def export(run: Path, overrides: tuple[str, ...], iteration: int | str, force: bool) -> None:
+def export(run: Path, overrides: tuple[str, ...], iteration: int | str, workers: int | None, force: bool) -> None:
     """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
     loaded = _begin("export", _load(run, overrides))
     from cptain.checkpoint.export import export as export_model
@@ -232,14 +244,16 @@ def export(run: Path, overrides: tuple[str, ...], iteration: int | str, force: b
 
     if iteration == "final":
         iteration = final_iteration(loaded)
-    export_model(loaded, None if iteration == "latest" else int(iteration), force)
+    export_model(loaded, None if iteration == "latest" else int(iteration), _threads(workers), force)
 
 
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--logits", is_flag=True, help="Compare forward passes on fixed prompts too, in fp32 on the CPU.")
-def verify(a: Path, b: Path, logits: bool) -> None:
+@click.option("--sample", is_flag=True, help="Compare 1 MB of each tensor: a quick look.")
+@_workers_option
+def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) -> None:
     """Compare two checkpoints tensor by tensor; exit status 1 on a mismatch.
 
     A and B are each the folder of a Hugging Face model, or of a Megatron checkpoint: torch_dist, or the legacy torch
@@ -247,7 +261,7 @@ def verify(a: Path, b: Path, logits: bool) -> None:
     """
     from cptain.checkpoint.verify import verify as compare
 
-    compare(a, b, logits)
+    compare(a, b, logits, _threads(workers), sample)
 
 
 @main.command()

@@ -10,14 +10,19 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cptain import __version__
 from cptain.architecture import Architecture, model_folder, read_architecture
-from cptain.atomic import atomic_folder
+from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
+from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, TorchDistWriter, write_tracker
 from cptain.errors import CptainError
 from cptain.progress import Progress, duration, human
@@ -138,34 +143,48 @@ def _megatron_args(architecture: Architecture) -> argparse.Namespace:
     )
 
 
-def _write(reader: SafetensorsReader, architecture: Architecture, writer: TorchDistWriter, progress: Progress) -> None:
-    """Every tensor of the model, one rule's part of one layer at a time."""
+def fill_from_hf(reader: SafetensorsReader, names: list[str], runs: list[Run], first_row: int, row_bytes: int) -> Fill:
+    """Where rows of a Megatron tensor's layer, counted from `first_row`, come from in the model."""
+
+    def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
+        for run, begin, end in overlapping(runs, first_row + first, first_row + stop):
+            at, to = ((row - first_row - first) * row_bytes for row in (begin, end))
+            source = run.first + begin - run.row
+            reader.read(names[run.part], source, source + end - begin, buffer[at:to])
+
+    return fill
+
+
+def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
+    """Every chunk of the checkpoint: a layer's part of a Megatron tensor, or 256 MB of a larger one."""
+    writer = TorchDistWriter(reader.bytes)
+    runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
     for rule, layer in model_order(architecture):
-        shape = rule.megatron_shape(architecture)
-        names = rule.hf_names(layer)
-        if rule.layered:
-            parts = [reader.read(name) for name in names]
-            for row, piece in rule.layout.pieces(parts, architecture):
-                writer.write_chunk(rule.key, shape, (layer, row, *(0,) * (len(shape) - 2)), piece.unsqueeze(0))
-            progress.advance(sum(part.nbytes for part in parts), names[0])
-        else:
-            for first, stop in row_ranges(shape, reader.dtype(names[0])):
-                piece = reader.read(names[0], first, stop)
-                writer.write_chunk(rule.key, shape, (first, *(0,) * (len(shape) - 1)), piece)
-                progress.advance(piece.nbytes, names[0])
+        shape, names = rule.megatron_shape(architecture), rule.hf_names(layer)
+        dtype, layered = reader.dtype(names[0]), (1,) if rule.layered else ()
+        row_shape = shape[len(layered) + 1 :]
+        for begin, height in chunk_rows(runs[rule.key], rule, architecture):
+            for first, stop in row_ranges((height, *row_shape), dtype):
+                offset = (*((layer,) if rule.layered else ()), begin + first, *(0,) * len(row_shape))
+                fill = fill_from_hf(reader, names, runs[rule.key], begin + first, prod(row_shape) * dtype.itemsize)
+                writer.add_chunk(
+                    rule.key, shape, offset, (*layered, stop - first, *row_shape), dtype, stop - first, fill
+                )
     layers = architecture.num_layers
     for key in LAYER_EXTRA_STATES:
         for layer in range(layers):
-            writer.write_object(key, layer, layers, None)
+            writer.add_object(key, layer, layers, None)
     for key in FINAL_EXTRA_STATES:
-        writer.write_object(key, 0, 1, None)
+        writer.add_object(key, 0, 1, None)
+    return writer
 
 
-def convert(run: RunFile, force: bool = False) -> Path:
+def convert(run: RunFile, workers: int = 1, force: bool = False) -> Path:
     """Convert the run's Hugging Face model, unless that is done.
 
     Args:
         run: the run.
+        workers: threads.
         force: convert again.
 
     Returns:
@@ -179,13 +198,14 @@ def convert(run: RunFile, force: bool = False) -> Path:
     with SafetensorsReader(folder) as reader:
         check_tensors(reader, architecture)
         source = _source(folder, reader)
+        remove_stale_partials(root)
         if not force and _is_done(root, source):
             print(f"convert: {root / RELEASE} is done and the model unchanged", file=sys.stderr)
             return root
         began = time.monotonic()
+        writer = _plan(reader, architecture)
         with Progress("convert", reader.bytes, "B") as progress, atomic_folder(root / RELEASE) as partial:
-            writer = TorchDistWriter(partial)
-            _write(reader, architecture, writer, progress)
+            write_files(partial, writer.files, workers, progress)
             record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
             (partial / _SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
             common = {
@@ -194,7 +214,7 @@ def convert(run: RunFile, force: bool = False) -> Path:
                 "iteration": 0,
                 "num_floating_point_operations_so_far": 0,
             }
-            writer.finish(common)
+            writer.finish(partial, common)
         write_tracker(root, None)
         print(
             f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {root / RELEASE}",

@@ -9,16 +9,20 @@ import json
 import shutil
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
 
 from cptain.architecture import Architecture, model_folder, read_architecture, read_config
-from cptain.atomic import atomic_folder
+from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.legacy import LegacyReader, open_megatron
-from cptain.checkpoint.mapping import Rule, model_order, row_ranges, rules
+from cptain.checkpoint.mapping import Rule, Shape, model_order, rules
+from cptain.checkpoint.rows import Run, row_runs, runs_of_part
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
+from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
@@ -63,18 +67,33 @@ def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Archi
         raise CptainError(f"{reader.folder}: its tensors have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
-def hf_tensors(
-    reader: TorchDistReader | LegacyReader, architecture: Architecture, rule: Rule, layer: int
-) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    """The Hugging Face tensors of a rule's layer by name, each as consecutive rows."""
-    if rule.layered:
-        tensor = reader.read(rule.key, layer, layer + 1)[0]
-        parts = rule.layout.parts(tensor, rule.hf_shapes(architecture), architecture)
-        for name, part in zip(rule.hf_names(layer), parts, strict=True):
-            yield name, iter([part])
-        return
-    ((name, shape),) = zip(rule.hf_names(0), rule.hf_shapes(architecture), strict=True)
-    yield name, (reader.read(rule.key, *rows) for rows in row_ranges(shape, reader.dtype(rule.key)))
+def fill_from_megatron(
+    reader: TorchDistReader | LegacyReader, rule: Rule, layer: int, runs: list[Run], part: int, row_bytes: int
+) -> Fill:
+    """Where rows of a Hugging Face tensor, a part of a rule's layer, come from in the checkpoint."""
+    runs = runs_of_part(runs, part)
+    starts = [run.first for run in runs]
+
+    def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
+        for run in runs[bisect_right(starts, first) - 1 :]:
+            if run.first >= stop:
+                return
+            begin, end = max(first, run.first), min(stop, run.first + run.count)
+            at, to = ((row - first) * row_bytes for row in (begin, end))
+            source = run.row + begin - run.first
+            reader.read(rule.key, layer if rule.layered else None, source, source + end - begin, buffer[at:to])
+
+    return fill
+
+
+def hf_tensors(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> Iterator[tuple[str, Shape, Fill]]:
+    """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, and rows."""
+    runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
+    for rule, layer in model_order(architecture):
+        itemsize = reader.dtype(rule.key).itemsize
+        for part, (name, shape) in enumerate(zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)):
+            row_bytes = prod(shape[1:]) * itemsize
+            yield name, shape, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)
 
 
 def _carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -105,12 +124,13 @@ def final_iteration(run: RunFile) -> int:
     return steps
 
 
-def export(run: RunFile, iteration: int | None = None, force: bool = False) -> Path:
+def export(run: RunFile, iteration: int | None = None, workers: int = 1, force: bool = False) -> Path:
     """Export an iteration of the run, unless that is done.
 
     Args:
         run: the run.
         iteration: which; None is the latest that training saved.
+        workers: threads.
         force: export again.
 
     Returns:
@@ -130,29 +150,16 @@ def export(run: RunFile, iteration: int | None = None, force: bool = False) -> P
     target = run.hf_folder / source.name
     with open_megatron(source) as reader:
         check_checkpoint(reader, architecture)
+        remove_stale_partials(target.parent)
         if not force and target.exists() and target.stat().st_mtime_ns > reader.saved_at:
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return target
         began = time.monotonic()
         dtype = reader.dtype(rules(architecture)[0].key)
-        shapes = [
-            tensor
-            for rule, layer in model_order(architecture)
-            for tensor in zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)
-        ]
-        total = sum(torch.Size(shape).numel() for _, shape in shapes) * dtype.itemsize
-        with Progress("export", total, "B") as progress, atomic_folder(target) as partial:
-            writer = SafetensorsWriter(partial, shapes, dtype)
-            for rule, layer in model_order(architecture):
-                for name, pieces in hf_tensors(reader, architecture, rule, layer):
-                    writer.write(name, _counted(pieces, name, progress))
-            writer.finish()
+        writer = SafetensorsWriter(hf_tensors(reader, architecture), dtype)
+        with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
+            write_files(partial, writer.files, workers, progress)
+            writer.finish(partial)
             _carry_over(base, partial, dtype)
-        print(f"export: {human(total)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
+        print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return target
-
-
-def _counted(pieces: Iterator[torch.Tensor], name: str, progress: Progress) -> Iterator[torch.Tensor]:
-    for piece in pieces:
-        yield piece
-        progress.advance(piece.nbytes, name)

@@ -1,6 +1,7 @@
-"""The files of a checkpoint's folder, read at given offsets, each opened once."""
+"""The files of a checkpoint's folder, read at given offsets, each opened once, by any thread."""
 
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,12 +19,14 @@ class FolderFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def descriptor(self, name: str) -> int:
         """The open file `name` of the folder."""
-        if name not in self._descriptors:
-            self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-        return self._descriptors[name]
+        with self._lock:
+            if name not in self._descriptors:
+                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[name]
 
     def read_into(self, buffer: torch.Tensor, name: str, offset: int) -> None:
         """Fill `buffer`, a contiguous tensor of uint8, from `offset` of a file.

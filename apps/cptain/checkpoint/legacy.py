@@ -8,7 +8,6 @@ linear_fc1 is a rank's gate rows, then its up rows.
 
 import os
 import re
-import zipfile
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +16,14 @@ import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
+from cptain.checkpoint.rows import Run, overlapping
 from cptain.checkpoint.torch_dist import TorchDistReader
-from cptain.checkpoint.torch_save import _STORAGES, SavedTensor, Stub, _member, _Window, is_a, load_pickle, numbers
+from cptain.checkpoint.torch_save import SavedArchive, SavedTensor, Stub
 from cptain.errors import CptainError, one_line
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _ANY_RANK = "mp_rank_*"
+_LAYERS = "decoder.layers."
 _FILE = "model_optim_rng.pt"
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 # The local layer spec's names for the norms that Transformer Engine fuses with what follows them.
@@ -83,23 +84,21 @@ class LegacyReader(FolderFiles):
 
     def _add(self, name: str, rank: int, begin: int, sizes: tuple[int, int]) -> None:
         """Add the tensors of one rank, whose first layer is the model's `begin`th."""
+        if not (self.folder / name).is_file():
+            self.close()
+            raise CptainError(f"{self.folder / name}: missing: the checkpoint is incomplete")
         try:
             descriptor = self.descriptor(name)
-            with zipfile.ZipFile(_Window(descriptor, 0, os.fstat(descriptor).st_size)) as archive:
-                saved = load_pickle(archive.read(_member(archive, "data.pkl")))
-                tensors = _model(saved, sizes)
-                places = {key: _place(archive, descriptor, tensor) for key, tensor in tensors.items()}
-        except FileNotFoundError:
-            self.close()
-            raise CptainError(f"{self.folder / name}: missing: the checkpoint is incomplete") from None
-        except Exception as error:  # whatever a hostile file makes zipfile raise is in it
+            archive = SavedArchive(descriptor, 0, os.fstat(descriptor).st_size)
+            places = {key: archive.find(tensor) for key, tensor in _model(archive.content, sizes).items()}
+        except (OSError, ValueError, RecursionError) as error:
             self.close()
             raise CptainError(f"{self.folder / name}: cannot be read: {one_line(error)}") from error
         for key, place in places.items():
             layer = 0
             if match := _LAYER.fullmatch(key):
                 layer = begin + int(match[1])
-                key = f"decoder.layers.{_FUSED.get(match[2], match[2])}"
+                key = f"{_LAYERS}{_FUSED.get(match[2], match[2])}"
                 self._layers = max(self._layers, layer + 1)
             parts = self._parts.setdefault(key, {}).setdefault(layer, [])
             if len(parts) != rank:
@@ -111,7 +110,7 @@ class LegacyReader(FolderFiles):
         if not self._parts:
             self._refuse("it holds no tensors of a model")
         for key, layers in self._parts.items():
-            count = self._layers if key.startswith("decoder.layers.") else 1
+            count = self._layers if key.startswith(_LAYERS) else 1
             if (len(layers), max(layers)) != (count, count - 1):
                 self._refuse(f"{key}: {len(layers)} of {count} layers have it")
             if {len(parts) for parts in layers.values()} != {ranks}:
@@ -120,7 +119,8 @@ class LegacyReader(FolderFiles):
             if len(kinds) != 1:
                 self._refuse(f"{key}: its parts differ in shape or dtype")
             shape = kinds.pop()[0]
-            if (len(shape) != 2 and key.endswith((*_CUT_COLUMNS, _GATED))) or (key.endswith(_GATED) and shape[0] % 2):
+            due = 2 if key.endswith((*_CUT_COLUMNS, _GATED)) else max(len(shape), 1)
+            if len(shape) != due or 0 in shape or (key.endswith(_GATED) and shape[0] % 2):
                 self._refuse(f"{key}: a part of shape {list(shape)}")
 
     @property
@@ -138,50 +138,63 @@ class LegacyReader(FolderFiles):
         one = list(parts[0][1].shape)
         if not key.endswith(_WHOLE):
             one[1 if key.endswith(_CUT_COLUMNS) else 0] *= len(parts)
-        return (self._layers, *one) if key.startswith("decoder.layers.") else tuple(one)
+        return (self._layers, *one) if key.startswith(_LAYERS) else tuple(one)
 
     def dtype(self, key: str) -> torch.dtype:
         """A tensor's dtype."""
         return self._parts[key][0][0][1].dtype
 
-    def read(self, key: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `first` to `stop` along dimension 0 of a tensor: layers where they are stacked.
+    def read(self, key: str, layer: int | None, first: int, stop: int, buffer: torch.Tensor) -> None:
+        """Rows `first` to `stop` of a tensor, put together from the tensor-parallel ranks' parts.
+
+        Args:
+            key: the tensor.
+            layer: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
+            first: the first row.
+            stop: the row behind the last.
+            buffer: a flat tensor of uint8, which they fill.
 
         Raises:
             CptainError: ranks that should have the same tensor and do not; a file that ends early.
         """
-        stop = self.shape(key)[0] if stop is None else stop
-        if key.startswith("decoder.layers."):
-            return torch.stack([self._whole(key, layer) for layer in range(first, stop)])
-        parts = self._parts[key][0]
+        if layer is None and key.startswith(_LAYERS):
+            for number, one in zip(range(first, stop), buffer.view(stop - first, -1), strict=True):
+                self.read(key, number, 0, self.shape(key)[1], one)
+            return
+        parts = self._parts[key][layer or 0]
         if key.endswith(_WHOLE):
-            return self._whole(key, 0)[first:stop]
-        rows = parts[0][1].shape[0]
-        return torch.cat(
-            [
-                self._rows(*part, max(first - rank * rows, 0), min(stop - rank * rows, rows))
-                for rank, part in enumerate(parts)
-                if first < (rank + 1) * rows and stop > rank * rows
-            ]
-        )
+            self._read_part(parts[0], first, buffer)
+            for part in parts[1:]:
+                other = torch.empty_like(buffer)
+                self._read_part(part, first, other)
+                if not torch.equal(buffer, other):
+                    where = "" if layer is None else f" in layer {layer}"
+                    raise CptainError(f"{self.folder}: {key}: the tensor-parallel ranks differ{where}")
+        elif key.endswith(_CUT_COLUMNS):
+            columns = buffer.view(stop - first, len(parts), -1)
+            for rank, part in enumerate(parts):
+                rows = torch.empty_like(columns[:, rank], memory_format=torch.contiguous_format)
+                self._read_part(part, first, rows.view(-1))
+                columns[:, rank] = rows
+        else:
+            row_bytes = len(buffer) // (stop - first)
+            for run, begin, end in overlapping(_row_cuts(key, len(parts), parts[0][1].shape[0]), first, stop):
+                target = buffer[(begin - first) * row_bytes : (end - first) * row_bytes]
+                self._read_part(parts[run.part], run.first + begin - run.row, target)
 
-    def _whole(self, key: str, layer: int) -> torch.Tensor:
-        """One layer's tensor, put together from the tensor-parallel ranks' parts."""
-        tensors = [self._rows(name, place, 0, place.shape[0]) for name, place in self._parts[key][layer]]
-        if key.endswith(_WHOLE):
-            if not all(torch.equal(tensors[0], tensor) for tensor in tensors):
-                self._refuse(f"{key}: the tensor-parallel ranks differ in layer {layer}")
-            return tensors[0]
-        if key.endswith(_GATED):
-            return torch.cat([half for place in (0, 1) for half in (tensor.chunk(2)[place] for tensor in tensors)])
-        return torch.cat(tensors, dim=1 if key.endswith(_CUT_COLUMNS) else 0)
+    def _read_part(self, part: tuple[str, SavedTensor], first: int, buffer: torch.Tensor) -> None:
+        """Rows of one rank's part, from `first`, as many as the buffer holds."""
+        name, place = part
+        self.read_into(buffer, name, place.begin + first * prod(place.shape[1:]) * place.dtype.itemsize)
 
-    def _rows(self, name: str, place: SavedTensor, first: int, stop: int) -> torch.Tensor:
-        """Rows of one rank's part."""
-        result = torch.empty((stop - first, *place.shape[1:]), dtype=place.dtype)
-        offset = place.begin + first * prod(place.shape[1:]) * place.dtype.itemsize
-        self.read_into(result.view(torch.uint8).flatten(), name, offset)
-        return result
+
+def _row_cuts(key: str, ranks: int, rows: int) -> list[Run]:
+    """Where the ranks' rows, `rows` of each, lie in a tensor that is cut by rows."""
+    halves = 2 if key.endswith(_GATED) else 1
+    count = rows // halves
+    return [
+        Run((half * ranks + rank) * count, rank, half * count, count) for half in range(halves) for rank in range(ranks)
+    ]
 
 
 def _model(saved: Any, sizes: tuple[int, int]) -> dict[str, Any]:
@@ -199,29 +212,7 @@ def _model(saved: Any, sizes: tuple[int, int]) -> dict[str, Any]:
     if getattr(args, "swiglu", True) is not True:
         raise ValueError("its MLP is not gated")
     names = [name for name in model if not str(name).endswith("_extra_state")]
-    if wrong := [name for name in names if not isinstance(name, str) or not isinstance(model[name], Stub)]:
-        raise ValueError(f"{ascii(wrong[0])[:80]}: not a tensor")
+    for name in names:
+        if not (isinstance(name, str) and name.isprintable() and isinstance(model[name], Stub)):
+            raise ValueError(f"{ascii(name)[:80]}: not a tensor")
     return {name: model[name] for name in names}
-
-
-def _place(archive: zipfile.ZipFile, descriptor: int, tensor: Stub) -> SavedTensor:
-    """Where the values of a tensor lie in the file, which is one archive. Raises ValueError where they do not."""
-    if is_a(tensor, "_rebuild_parameter"):
-        tensor = tensor.arguments[0]
-    if not is_a(tensor, "_rebuild_tensor_v2"):
-        raise ValueError(f"a {type(tensor).__name__} where a tensor was due")
-    (_, storage_type, storage, *_), first, shape, stride = tensor.arguments[:4]
-    dtype = _STORAGES.get(getattr(storage_type, "__name__", ""))
-    if dtype is None:
-        raise ValueError(f"a tensor of {ascii(storage_type)[:80]}")
-    (first,), shape, stride = numbers((first,)), numbers(shape), numbers(stride)
-    if not shape or stride != torch.empty(shape, device="meta").stride():
-        raise ValueError(f"a tensor of {list(shape)} that is not contiguous")
-    member = _member(archive, f"data/{storage}")
-    if (first + prod(shape)) * dtype.itemsize > member.file_size:
-        raise ValueError("a storage that is smaller than its tensor")
-    header = os.pread(descriptor, 30, member.header_offset)
-    if len(header) != 30 or header[:4] != b"PK\3\4":
-        raise ValueError("a storage that lies outside its archive")
-    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return SavedTensor(dtype, shape, member.header_offset + 30 + lengths + first * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""safetensors files of a Hugging Face model's folder, read and written one tensor at a time.
+"""safetensors files of a Hugging Face model's folder, read and written a few rows at a time.
 
 The format: u64 length of a JSON header, the header {name: {dtype, shape, data_offsets: [begin, end]}}, then the data,
 which the offsets count from. A memory map would count every page read as this process's memory; plain reads keep it at
@@ -9,12 +9,15 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
+from cptain.checkpoint.mapping import row_ranges
+from cptain.checkpoint.streaming import FilePlan, Fill, Rows
 from cptain.errors import CptainError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -33,6 +36,28 @@ class _Entry:
     shape: tuple[int, ...]
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name may stand twice: of two tensors, readers would disagree which one it is."""
+    if len(found := dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{ascii(next(name for name in found if names.count(name) > 1))[:80]} twice")
+    return found
+
+
+def _read_entry(file: Path, name: str, value: dict[str, Any], data: int) -> _Entry:
+    """One tensor of a header, whose data begins at byte `data` of the file."""
+    if not name.isprintable():
+        raise ValueError(f"{ascii(name)[:80]} is no name")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is {ascii(value['dtype'])[1:-1][:80]}, supported: {', '.join(DTYPES)}")
+    dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has offsets {begin} to {end} for the shape {list(shape)}")
+    return _Entry(file, data + begin, end - begin, dtype, shape)
+
+
 def _read_header(file: Path) -> dict[str, _Entry]:
     """The tensors of one file. Raises CptainError where the header and the file do not agree."""
     try:
@@ -41,31 +66,22 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             (length,) = struct.unpack("<Q", raw.read(8))
             if length > min(_LONGEST_HEADER, size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(raw.read(length))
-        entries, expected = {}, 0
-        for name, value in sorted(
-            ((name, value) for name, value in header.items() if name != "__metadata__"),
-            key=lambda item: item[1]["data_offsets"][0],
-        ):
-            begin, end = value["data_offsets"]
-            shape = tuple(int(extent) for extent in value["shape"])
-            if value["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is {value['dtype']}, supported: {', '.join(DTYPES)}")
-            dtype = DTYPES[value["dtype"]]
-            if (
-                min(shape, default=0) < 0
-                or begin != expected
-                or end - begin != torch.Size(shape).numel() * dtype.itemsize
-            ):
-                raise ValueError(f"{name} has offsets {begin} to {end} for the shape {list(shape)}")
-            entries[name] = _Entry(file, 8 + length + begin, end - begin, dtype, shape)
-            expected = end
-        if 8 + length + expected > size:
-            raise ValueError(f"truncated: {size} bytes where its header needs {8 + length + expected}")
+            header = json.loads(raw.read(length).decode(), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        entries = {name: _read_entry(file, name, value, 8 + length) for name, value in header.items()}
+        expected = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+            if entry.offset != expected:
+                raise ValueError(f"{name} begins at byte {entry.offset} of the file, where {expected} was due")
+            expected += entry.bytes
+        if size < expected:
+            raise ValueError(f"truncated: {size} bytes where its header needs {expected}")
+        if size > expected:
+            raise ValueError(f"{size} bytes where its header needs {expected}")
         return entries
     except FileNotFoundError:
         raise CptainError(f"{file}: missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CptainError(f"{file}: not a valid safetensors file: {one_line(error)}") from error
 
 
@@ -82,16 +98,23 @@ class SafetensorsReader(FolderFiles):
         index = folder / INDEX
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)[
+                    "weight_map"
+                ]
                 shards = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if not all(shard.isprintable() for shard in shards):
+                    raise ValueError("it names a file that cannot be printed")
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise CptainError(f"{index}: cannot be read: {one_line(error)}") from error
             for shard in shards:
-                if Path(shard).name != shard:
+                if Path(shard).name != shard or shard == "..":
                     raise CptainError(f"{index}: {shard}: a shard must lie beside its index")
                 if not (folder / shard).is_file():
                     raise CptainError(f"{folder / shard}: missing, and {INDEX} names it")
-                self._entries.update(_read_header(folder / shard))
+                for name, entry in _read_header(folder / shard).items():
+                    if weight_map.get(name, shard) != shard or name in self._entries:
+                        raise CptainError(f"{folder / shard}: {name}: is in another file too, by {INDEX}")
+                    self._entries[name] = entry
             if absent := sorted(set(weight_map) - set(self._entries)):
                 raise CptainError(f"{index}: names {absent[0]}, which is not in {weight_map[absent[0]]}")
         elif (folder / SINGLE).is_file():
@@ -121,93 +144,64 @@ class SafetensorsReader(FolderFiles):
         """A tensor's dtype."""
         return self._entries[name].dtype
 
-    def read(self, name: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `first` to `stop` of a tensor, in memory of their own."""
+    def read(self, name: str, first: int, stop: int, buffer: torch.Tensor) -> None:
+        """Rows `first` to `stop` of a tensor into `buffer`, a flat tensor of uint8 that they fill."""
         entry = self._entries[name]
-        rows = entry.shape[0]
-        stop = rows if stop is None else stop
-        row_bytes = entry.bytes // rows if rows else 0
-        buffer = torch.empty((stop - first) * row_bytes, dtype=torch.uint8)
+        row_bytes = entry.bytes // max([1, *entry.shape[:1]])
         self.read_into(buffer, entry.file.name, entry.offset + first * row_bytes)
-        return buffer.view(entry.dtype).reshape(stop - first, *entry.shape[1:])
 
 
 class SafetensorsWriter:
-    """Writes a folder of shards and their index; every tensor's shape is known ahead, so headers come first and data
-    streams.
+    """Plans a folder of shards; `finish` writes their index. Every tensor's shape is known ahead, so data streams.
 
     Args:
-        folder: an existing folder.
-        tensors: names and shapes, in the order in which `write` will get them.
+        tensors: names, shapes, and where their rows come from.
         dtype: of all of them.
         shard_bytes: a shard is closed before it grows over this; 5 GB is what transformers itself uses.
     """
 
     def __init__(
         self,
-        folder: Path,
-        tensors: Iterable[tuple[str, tuple[int, ...]]],
+        tensors: Iterable[tuple[str, tuple[int, ...], Fill]],
         dtype: torch.dtype,
         shard_bytes: int = 5 * 10**9,
     ) -> None:
-        self.folder, self.dtype = folder, dtype
-        shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
-        filled = 0
-        for name, shape in tensors:
-            size = torch.Size(shape).numel() * dtype.itemsize
+        shards: list[list[tuple[str, tuple[int, ...], Fill]]] = [[]]
+        self.bytes = filled = 0
+        for name, shape, fill in tensors:
+            size = prod(shape) * dtype.itemsize
             if shards[-1] and filled + size > shard_bytes:
                 shards.append([])
                 filled = 0
-            shards[-1].append((name, shape, size))
+            shards[-1].append((name, shape, fill))
             filled += size
-        self._shards = [
-            (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors", members)
-            for number, members in enumerate(shards, start=1)
-        ]
-        self._pending = [(name, shape, shard) for shard, members in self._shards for name, shape, _ in members]
-        self._open: tuple[str, Any] | None = None
+            self.bytes += size
+        self.files: list[FilePlan] = []
+        self._weight_map: dict[str, str] = {}
+        for number, members in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._weight_map |= {name: file for name, _, _ in members}
+            self.files.append(_plan_shard(file, members, dtype))
 
-    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write the next tensor, given as consecutive rows."""
-        expected, shape, shard = self._pending.pop(0)
-        if name != expected:
-            raise ValueError(f"{name} was written where {expected} was due")
-        if self._open is None or self._open[0] != shard:
-            self._begin(shard)
-        assert self._open is not None
-        rows = 0
-        for piece in pieces:
-            if tuple(piece.shape[1:]) != shape[1:] or piece.dtype != self.dtype:
-                raise ValueError(f"{name}: a piece of {tuple(piece.shape)} {piece.dtype} for {shape} {self.dtype}")
-            rows += piece.shape[0]
-            self._open[1].write(memoryview(piece.contiguous().view(torch.uint8).flatten().numpy()))
-        if rows != shape[0]:
-            raise ValueError(f"{name}: {rows} rows written, {shape[0]} due")
+    def finish(self, folder: Path) -> None:
+        """Write the index, for a single shard too: a loader then finds one layout, not two."""
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _begin(self, shard: str) -> None:
-        self._close()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, shape, size in dict(self._shards)[shard]:
-            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8 bytes
-        file = open(self.folder / shard, "wb", buffering=1 << 20)  # noqa: SIM115 closed by _close
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        self._open = (shard, file)
 
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-    def finish(self) -> None:
-        """Close the last shard and write the index, for a single shard too: a loader then finds one layout, not two."""
-        self._close()
-        if self._pending:
-            raise ValueError(f"{self._pending[0][0]} was never written")
-        total = sum(size for _, members in self._shards for _, _, size in members)
-        weight_map = {name: shard for shard, members in self._shards for name, _, _ in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _plan_shard(file: str, members: list[tuple[str, tuple[int, ...], Fill]], dtype: torch.dtype) -> FilePlan:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, _ in members:
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8 bytes
+    plan = FilePlan(file, [(0, struct.pack("<Q", len(encoded)) + encoded)], bytes=8 + len(encoded) + offset)
+    for name, shape, fill in members:
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        begin = 8 + len(encoded) + header[name]["data_offsets"][0]
+        for first, stop in row_ranges(shape, dtype):
+            plan.rows.append(Rows(name, begin + first * row_bytes, first, stop, row_bytes, fill))
+    return plan

@@ -8,25 +8,22 @@ A folder of torch.distributed.checkpoint (DCP) with Megatron's conventions:
 - `common.pt` (until 0.18) or the object `common_state/shard_0_1` holds everything that is no tensor: args, iteration;
 - `metadata.json` names the backend. It is written last: a folder without it is not a checkpoint.
 
-Megatron's own writer holds every tensor before it writes; this one appends chunks and keeps only their places. Pickles
-run code when they are loaded, so `.metadata` is opened with an allow-list of names, and Megatron's
-own classes become inert stubs.
+Megatron's own writer holds every tensor before it writes; this one knows every chunk's place ahead, and streams.
+Nothing that is read runs anything (see `torch_save`), and nothing is believed before it is checked: the chunks of a
+tensor must fill it exactly, and lie within their files.
 """
 
 import io
 import json
-import os
 import pickle
-import struct
-import zipfile
-from collections import OrderedDict
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -38,13 +35,27 @@ from torch.distributed.checkpoint.metadata import (
 from cptain.atomic import write_text
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
+from cptain.checkpoint.streaming import FilePlan, Fill, Rows
+from cptain.checkpoint.torch_save import (
+    SavedArchive,
+    SavedTensor,
+    Stub,
+    TensorArchive,
+    is_a,
+    load_pickle,
+    numbers,
+    stubs,
+)
 from cptain.errors import CptainError, one_line
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _CONFIG = "metadata.json"
+_METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
-_FILE_BYTES = 4 << 30  # a new .distcp file is begun over this
+_NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_")
+_FILES = 64  # .distcp files that a checkpoint is cut into, as far as their sizes allow
+_SMALLEST_FILE, _LARGEST_FILE = 64 << 20, 2 << 30
 
 
 def iteration_folder(root: Path, iteration: int | None) -> Path:
@@ -74,242 +85,241 @@ def write_tracker(root: Path, iteration: int | None) -> None:
 
 
 class TorchDistWriter:
-    """Appends chunks of tensors to .distcp files in an existing folder; `finish` makes it a checkpoint."""
+    """Plans the .distcp files of a checkpoint, chunk by chunk; `finish` makes the folder that holds them a checkpoint.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        total: bytes of all chunks, for files of a handy size.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.files: list[FilePlan] = []
+        self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
         self._tensors: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: Any = None
-        self._files = 0
 
-    def write_chunk(self, key: str, shape: Shape, offset: Shape, chunk: torch.Tensor) -> None:
-        """Write `chunk`, which lies at `offset` in the tensor `key` of `shape`.
+    def add_chunk(
+        self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
+    ) -> None:
+        """Plan a chunk, which lies at `offset` in the tensor `key` of `shape`.
+
+        Args:
+            key: Megatron's.
+            shape: of the whole tensor.
+            offset: of the chunk.
+            chunk: its shape.
+            dtype: of the whole tensor.
+            rows: what the chunk is read by: of one layer's, those of dimension 1; else those of dimension 0.
+            fill: where they come from, counted from the chunk's first.
 
         Raises:
             ValueError: chunks of one tensor that differ in dtype.
         """
-        if chunk.untyped_storage().nbytes() != chunk.numel() * chunk.element_size() or not chunk.is_contiguous():
-            chunk = chunk.clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
         entry = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(shape), [])
+            key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         )
-        if entry.properties.dtype != chunk.dtype:
-            raise ValueError(f"{key}: {chunk.dtype} after {entry.properties.dtype}")
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk.shape)))
-        self._append(MetadataIndex(key, torch.Size(offset)), chunk)
+        if entry.properties.dtype != dtype:
+            raise ValueError(f"{key}: {dtype} after {entry.properties.dtype}")
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk)))
+        archive = TensorArchive(dtype, chunk)
+        file, begin = self._append(MetadataIndex(key, torch.Size(offset)), archive.length)
 
-    def write_object(self, key: str, shard: int, shards: int, value: Any) -> None:
-        """Write a Python object as Megatron's ShardedObject does: a list of one, under key/shard_N_of."""
+        def frame(checksum: int) -> list[tuple[int, bytes]]:
+            return [(begin + at, content) for at, content in archive.frame(checksum)]
+
+        row_bytes = prod(chunk) * dtype.itemsize // rows
+        file.rows.append(Rows(key, begin + archive.begin, 0, rows, row_bytes, fill, frame))
+
+    def add_object(self, key: str, shard: int, shards: int, value: Any) -> None:
+        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of."""
         name = f"{key}/shard_{shard}_{shards}"
         self._tensors[name] = BytesStorageMetadata()
-        self._append(MetadataIndex(name), [value])
+        content = io.BytesIO()
+        torch.save([value], content)
+        file, begin = self._append(MetadataIndex(name), len(content.getvalue()))
+        file.pieces.append((begin, content.getvalue()))
 
-    def _append(self, index: MetadataIndex, value: Any) -> None:
-        if self._file is None or self._file.tell() >= _FILE_BYTES:
-            self._close()
-            self._file = open(self.folder / f"__0_{self._files}.distcp", "wb", buffering=1 << 20)  # noqa: SIM115
-            self._files += 1
-        begin = self._file.tell()
-        torch.save(value, self._file)
-        self._places[index] = _StorageInfo(Path(self._file.name).name, begin, self._file.tell() - begin)
+    def _append(self, index: MetadataIndex, length: int) -> tuple[FilePlan, int]:
+        if not self.files or self.files[-1].bytes >= self._file_bytes:
+            self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
+        file = self.files[-1]
+        begin, file.bytes = file.bytes, file.bytes + length
+        self._places[index] = _StorageInfo(file.name, begin, length)
+        return file, begin
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def finish(self, common: dict[str, Any]) -> None:
+    def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write the metadata, `common` (plain values and an argparse.Namespace of them) and, last, metadata.json."""
-        self._close()
-        torch.save(common, self.folder / _COMMON_FILE)
+        torch.save(common, folder / _COMMON_FILE)
         metadata = Metadata(state_dict_metadata=self._tensors, planner_data=None, storage_data=self._places)
-        (self.folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        (folder / _METADATA).write_bytes(pickle.dumps(metadata))
         backend = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,
             "common_backend": "torch",
             "common_backend_version": 1,
         }
-        (self.folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
+        (folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
 
 
-class _Stub:
-    """Stands in for a class of Megatron's in a pickle: keeps the state, has no behaviour."""
+@dataclass(frozen=True)
+class _Place:
+    """Where an archive lies: a file of the folder, and the bytes of it."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-    def __hash__(self) -> int:
-        return id(self)
+    file: str
+    offset: int
+    length: int
 
 
-_DCP_METADATA = "torch.distributed.checkpoint.metadata"
-_DCP_CLASSES = (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-    _MEM_FORMAT_ENCODING,
-)
+@dataclass(frozen=True)
+class _Chunk:
+    """A box of a tensor, and the archive that holds it."""
+
+    offset: Shape
+    shape: Shape
+    place: _Place
 
 
-def _enum_member(kind: Any, name: str) -> Any:
-    """What `getattr` may do in a checkpoint's pickle: before 3.11.4, Python 3.11 pickles members of enums that way."""
-    if isinstance(kind, type) and issubclass(kind, _Stub):
-        return kind(name)
-    if kind is _MEM_FORMAT_ENCODING:
-        return _MEM_FORMAT_ENCODING[name]
-    raise pickle.UnpicklingError(f"it asks for {name} of {kind}, which a checkpoint has no need of")
+@dataclass(frozen=True)
+class _Tensor:
+    shape: Shape
+    dtype: torch.dtype
+    chunks: list[_Chunk]
 
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    **{(_DCP_METADATA, kind.__name__): kind for kind in _DCP_CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "getattr"): _enum_member,
-    ("builtins", "set"): set,
-}
-_STUBBED = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
+def _printable(name: Any) -> str:
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError(f"{ascii(name)[:80]} is no name")
+    return name
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Loads a checkpoint's pickles: `_ALLOWED` names, stubs for classes of `_STUBBED` packages, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith(_STUBBED):
-            return type(name, (_Stub,), {"__module__": module})
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a checkpoint has no need of")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+def _read_place(info: Stub) -> _Place:
+    name = _printable(info.relative_path)
+    if name in ("", ".", "..") or "/" in name:
+        raise ValueError(f"{name}: a file must lie in the checkpoint's folder")
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{name}: is compressed")
+    offset, length = numbers((info.offset, info.length))
+    return _Place(name, offset, length)
 
 
-def _torch_save_record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A member of a `torch.save` archive, whose names all begin with a folder of their own."""
-    for info in archive.infolist():
-        if info.filename.split("/", 1)[-1] == name:
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed")
-            return info
-    raise ValueError(f"it has no {name}")
+def _overlap(chunks: list[_Chunk]) -> bool:
+    """Whether two boxes share a value: a sweep along dimension 0, along which most tensors are cut."""
+    under_way: list[_Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
+        if not prod(chunk.shape):
+            continue
+        under_way = [one for one in under_way if one.offset[:1] and one.offset[0] + one.shape[0] > chunk.offset[0]]
+        for one in under_way:
+            if all(
+                a < b + extent_b and b < a + extent_a
+                for a, extent_a, b, extent_b in zip(one.offset, one.shape, chunk.offset, chunk.shape, strict=True)
+            ):
+                return True
+        under_way.append(chunk)
+    return False
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """The data.pkl of a `torch.save`d tensor, as (storage, offset, size, stride) with no tensor made."""
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: (storage, offset, tuple(size), tuple(stride))
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return name  # names the dtype; never called
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a tensor has no need of")
-
-
-class _Window(io.RawIOBase):
-    """Bytes `offset` to `offset + length` of a file, seekable, for zipfile; reads what it is asked for and no more."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        room = max(0, min(len(buffer), self._length - self._position))
-        count = os.preadv(self._descriptor, [memoryview(buffer)[:room]], self._offset + self._position) if room else 0
-        self._position += count
-        return count
-
-
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-}
+def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], _Place]) -> _Tensor:
+    """An entry of .metadata. Raises ValueError where its chunks do not fill it exactly, or their archives cannot."""
+    dtype = entry.properties.state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key}: {ascii(dtype)[:80]} where a dtype was due")
+    shape, chunks = numbers(entry.size), []
+    for box in stubs(entry.chunks):
+        offset, extents = numbers(box.offsets), numbers(box.sizes)
+        if not len(offset) == len(extents) == len(shape) or any(
+            at + extent > whole for at, extent, whole in zip(offset, extents, shape, strict=True)
+        ):
+            raise ValueError(f"{key}: a chunk {list(extents)} at {list(offset)} lies outside {list(shape)}")
+        if (key, offset) not in places:
+            raise ValueError(f"{key}: its chunk at {list(offset)} lies nowhere")
+        place = places[key, offset]
+        if prod(extents) * dtype.itemsize > place.length:
+            raise ValueError(f"{key}: a chunk {list(extents)} in {place.length} bytes")
+        chunks.append(_Chunk(offset, extents, place))
+    if (held := sum(prod(chunk.shape) for chunk in chunks)) != prod(shape) or _overlap(chunks):
+        raise ValueError(f"{key}: its chunks hold {held} of {prod(shape)} values, or overlap")
+    return _Tensor(shape, dtype, chunks)
 
 
 class TorchDistReader(FolderFiles):
     """The tensors of one iteration's folder, whoever wrote it and however it is cut into chunks.
 
     Raises:
-        CptainError: not a checkpoint, an incomplete one, or one whose pickles ask for names that are not allowed.
+        CptainError: not a checkpoint, an incomplete one, one whose chunks do not make whole tensors, or one whose
+        pickles ask for names that are not allowed.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         if not (folder / _CONFIG).is_file():
             raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no {_CONFIG}")
+        if not (folder / _METADATA).is_file():
+            raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no {_METADATA}")
         try:
-            self._metadata: Metadata = _SafeUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-            self._places: dict[MetadataIndex, _StorageInfo] = dict(self._metadata.storage_data)
-            self._entries: dict[str, Any] = dict(self._metadata.state_dict_metadata)
-            self._chunks: dict[str, list[tuple[Shape, Shape, _StorageInfo]]] = {}
-            for key, entry in self._entries.items():
-                if isinstance(entry, TensorStorageMetadata):
-                    self._chunks[key] = [
-                        (
-                            tuple(chunk.offsets),
-                            tuple(chunk.sizes),
-                            self._places[MetadataIndex(key, torch.Size(chunk.offsets))],
-                        )
-                        for chunk in entry.chunks
-                    ]
-            files = self._file_sizes()
-        except FileNotFoundError:
-            raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no .metadata") from None
-        except (OSError, pickle.UnpicklingError, ValueError, KeyError, AttributeError, TypeError, EOFError) as error:
-            raise CptainError(f"{folder}/.metadata: cannot be read: {one_line(error)}") from error
-        for name, size in sorted(files.items()):
-            file = folder / name
-            if not file.is_file():
-                raise CptainError(f"{file}: missing, and .metadata needs it: the checkpoint is incomplete")
-            if file.stat().st_size < size:
-                raise CptainError(f"{file}: truncated: {file.stat().st_size} bytes where .metadata needs {size}")
+            backend = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CptainError(f"{folder / _CONFIG}: cannot be read: {one_line(error)}") from error
+        if backend != "torch_dist":
+            raise CptainError(f"{folder / _CONFIG}: sharded_backend is {ascii(backend)[:80]}, supported: torch_dist")
+        try:
+            self._read_metadata(load_pickle((folder / _METADATA).read_bytes()))
+        except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
+            raise CptainError(f"{folder / _METADATA}: cannot be read: {one_line(error)}") from error
+        self._check_files()
+        if (folder / _COMMON_FILE).is_file():
+            self._check_object(_COMMON_FILE, _Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size))
 
-    def _file_sizes(self) -> dict[str, int]:
-        """The bytes that each .distcp file must at least have."""
-        sizes: dict[str, int] = {}
-        for place in self._places.values():
-            if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"{place.relative_path}: a file must lie in the checkpoint's folder")
-            if place.offset < 0 or place.length < 0:
-                raise ValueError(f"{place.relative_path}: a negative offset or length")
-            if getattr(place, "transform_descriptors", None):
-                raise ValueError(f"{place.relative_path}: is compressed ({place.transform_descriptors})")
-            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
-        return sizes
+    def _read_metadata(self, metadata: Any) -> None:
+        if not is_a(metadata, "Metadata"):
+            raise ValueError("it holds no Metadata")
+        places: dict[tuple[str, Shape | None], _Place] = {}
+        for index, info in metadata.storage_data.items():
+            offset = getattr(index, "offset", None)  # an object's index has none
+            offset = None if offset is None else numbers(offset)
+            places[_printable(index.fqn), offset] = _read_place(info)
+        self._tensors: dict[str, _Tensor] = {}
+        self._objects: dict[str, _Place] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if is_a(entry, "BytesStorageMetadata"):
+                if (place := places.get((_printable(key), None))) is None:
+                    raise ValueError(f"{key}: lies nowhere")
+                self._objects[key] = place
+            elif not _printable(key).startswith(_NOT_THE_MODEL):
+                self._tensors[key] = _read_tensor(key, entry, places)
+        self._by_layer: dict[str, dict[int, list[_Chunk]]] = {}
+        self._begins: dict[_Place, int] = {}
+        self._sizes: dict[str, int] = {}
+        for place in places.values():
+            self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
+
+    def _check_files(self) -> None:
+        for name, size in sorted(self._sizes.items()):
+            file = self.folder / name
+            try:
+                if not file.is_file():
+                    raise CptainError(f"{file}: missing, and {_METADATA} needs it: the checkpoint is incomplete")
+                if file.stat().st_size < size:
+                    raise CptainError(f"{file}: truncated: {file.stat().st_size} bytes where {_METADATA} needs {size}")
+            except OSError as error:
+                raise CptainError(f"{file}: cannot be read: {one_line(error)}") from error
+
+    def _check_object(self, name: str, place: _Place) -> None:
+        try:
+            SavedArchive(self.descriptor(place.file), place.offset, place.length)
+        except ValueError as error:
+            raise CptainError(f"{self.folder / place.file}: {name}: {one_line(error)}") from error
+
+    def check_objects(self) -> None:
+        """Look through every pickle of the checkpoint, for Megatron itself will load them.
+
+        Raises:
+            CptainError: one asks for a name that is not allowed.
+        """
+        for name, place in self._objects.items():
+            self._check_object(name, place)
+        for key, tensor in self._tensors.items():
+            for chunk in tensor.chunks:
+                self._find(key, tensor, chunk)
 
     @property
     def saved_at(self) -> int:
@@ -318,73 +328,68 @@ class TorchDistReader(FolderFiles):
 
     def names(self) -> list[str]:
         """The keys of the model's tensors: those of the optimizer, the schedule and the random states are left out."""
-        return [key for key in self._chunks if not key.startswith(("optimizer.", "chained_", "rng_state", "rerun_"))]
+        return list(self._tensors)
 
     def shape(self, key: str) -> Shape:
         """A tensor's shape, vocabulary padding included."""
-        return tuple(self._entries[key].size)
+        return self._tensors[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
         """A tensor's dtype."""
-        dtype: torch.dtype = self._entries[key].properties.dtype
-        return dtype
+        return self._tensors[key].dtype
 
-    def read(self, key: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `first` to `stop` along dimension 0 of a tensor, put together from its chunks.
+    def read(self, key: str, layer: int | None, first: int, stop: int, buffer: torch.Tensor) -> None:
+        """Rows `first` to `stop` of a tensor, put together from its chunks. A single value is one row.
+
+        Args:
+            key: the tensor.
+            layer: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
+            first: the first row.
+            stop: the row behind the last.
+            buffer: a flat tensor of uint8, which they fill.
 
         Raises:
-            CptainError: chunks that leave a hole, overlap or are not what the metadata says.
+            CptainError: chunks that are not what the metadata says.
         """
-        shape = self.shape(key)
-        stop = shape[0] if stop is None else stop
-        result = torch.empty((stop - first, *shape[1:]), dtype=self.dtype(key))
-        filled = 0
-        for offset, size, place in self._chunks[key]:
-            begin, end = max(first, offset[0]), min(stop, offset[0] + size[0])
-            if begin >= end:
+        tensor, depth = self._tensors[key], 0 if layer is None else 1
+        target = buffer.view(tensor.dtype).reshape(stop - first, *tensor.shape[depth + 1 :])
+        for chunk in tensor.chunks if layer is None else self._chunks_of_layer(key, layer):
+            offset, shape = chunk.offset[depth:] or (0,), chunk.shape[depth:] or (1,)
+            begin, end = max(first, offset[0]), min(stop, offset[0] + shape[0])
+            if begin >= end or not prod(shape):
                 continue
-            target = result[
-                (
-                    slice(begin - first, end - first),
-                    *(slice(at, at + extent) for at, extent in zip(offset[1:], size[1:], strict=True)),
-                )
-            ]
-            self._read_chunk(key, place, size, begin - offset[0], target)
-            filled += target.numel()
-        if filled != result.numel():
-            raise CptainError(f"{self.folder}: {key}: its chunks hold {filled} of {result.numel()} values")
-        return result
+            box = (slice(at, at + extent) for at, extent in zip(offset[1:], shape[1:], strict=True))
+            part = target[(slice(begin - first, end - first), *box)]
+            rows = begin - offset[0] + (0 if layer is None else (layer - chunk.offset[0]) * shape[0])
+            at = self._find(key, tensor, chunk) + rows * prod(shape[1:]) * tensor.dtype.itemsize
+            whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+            self.read_into(whole.view(-1).view(torch.uint8), chunk.place.file, at)
+            if whole is not part:
+                part.copy_(whole)
 
-    def _read_chunk(self, key: str, place: _StorageInfo, size: Shape, first: int, target: torch.Tensor) -> None:
-        """Rows from `first` of a chunk of `size` into `target`."""
-        descriptor = self.descriptor(place.relative_path)
-        file = self.folder / place.relative_path
+    def _chunks_of_layer(self, key: str, layer: int) -> list[_Chunk]:
+        if key not in self._by_layer:
+            found: dict[int, list[_Chunk]] = {}
+            for chunk in self._tensors[key].chunks:
+                for number in range(chunk.offset[0], chunk.offset[0] + chunk.shape[0]):
+                    found.setdefault(number, []).append(chunk)
+            self._by_layer[key] = found
+        return self._by_layer[key].get(layer, [])
+
+    def _find(self, key: str, tensor: _Tensor, chunk: _Chunk) -> int:
+        """The byte of its file at which a chunk's values begin."""
+        place = chunk.place
+        if (begin := self._begins.get(place)) is not None:
+            return begin
         try:
-            with zipfile.ZipFile(_Window(descriptor, place.offset, place.length)) as archive:
-                pickled = archive.read(_torch_save_record(archive, "data.pkl"))
-                storage, begin, saved_size, stride = _TensorUnpickler(io.BytesIO(pickled)).load()
-                _, storage_type, name, _, _ = storage
-                member = _torch_save_record(archive, f"data/{name}")
-            if tuple(saved_size) != size or _STORAGES.get(storage_type) != target.dtype:
-                raise ValueError(f"a chunk of {saved_size} {storage_type} where .metadata has {size} {target.dtype}")
-            if tuple(stride) != torch.empty(size, device="meta").stride():
-                raise ValueError("a chunk that is not contiguous")
-            (name_length, extra_length) = struct.unpack(
-                "<HH", os.pread(descriptor, 4, place.offset + member.header_offset + 26)
-            )
-            row = torch.Size(size[1:]).numel()
-            element = target.element_size()
-            offset = (begin + first * row) * element
-            if offset + target.numel() * element > member.file_size:
-                raise ValueError("a storage that is smaller than its tensor")
-            start = place.offset + member.header_offset + 30 + name_length + extra_length + offset
-            if start + target.numel() * element > place.offset + place.length:
-                raise ValueError("a storage that lies outside its archive")
-        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, TypeError, struct.error, EOFError) as error:
-            raise CptainError(f"{file}: {key}: {one_line(error)}") from error
-        contiguous = (
-            target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-        )
-        self.read_into(contiguous.view(torch.uint8).flatten(), place.relative_path, start)
-        if contiguous is not target:
-            target.copy_(contiguous)
+            archive = SavedArchive(self.descriptor(place.file), place.offset, place.length)
+            saved = archive.find(archive.content)
+            if (saved.shape, saved.dtype) != (chunk.shape, tensor.dtype):
+                found, due = (
+                    f"{list(one.shape)} {one.dtype}" for one in (saved, SavedTensor(tensor.dtype, chunk.shape, 0))
+                )
+                raise ValueError(f"a chunk of {found} where {_METADATA} has {due}")
+        except ValueError as error:
+            raise CptainError(f"{self.folder / place.file}: {key}: {one_line(error)}") from error
+        self._begins[place] = saved.begin
+        return saved.begin

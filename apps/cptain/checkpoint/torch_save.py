@@ -176,29 +176,6 @@ class _Window(io.RawIOBase):
         return content
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A member of a `torch.save` archive, whose names all begin with a folder of their own."""
-    found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == name]
-    if len(found) != 1:
-        raise ValueError(f"it has {len(found)} members {name}")
-    if found[0].compress_type != zipfile.ZIP_STORED or found[0].compress_size != found[0].file_size:
-        raise ValueError(f"{name} is compressed")
-    return found[0]
-
-
-def load_archive(descriptor: int, offset: int, length: int) -> Any:
-    """The pickle of the `torch.save` archive at `offset` of a file, its storages left where they are.
-
-    Raises:
-        ValueError: see `load_pickle`; or no such archive.
-    """
-    try:
-        with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
-            return load_pickle(archive.read(_member(archive, "data.pkl")))
-    except Exception as error:
-        raise ValueError(one_line(error)) from error
-
-
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -216,21 +193,53 @@ class SavedTensor:
     begin: int
 
 
-def find_tensor(descriptor: int, offset: int, length: int) -> SavedTensor:
-    """The tensor of the archive at `offset` of a file, of `length` bytes, without its values being read.
+class SavedArchive:
+    """A `torch.save` archive at `offset` of a file, of `length` bytes, its storages left where they are.
+
+    Attributes:
+        content: what its pickle holds, see `load_pickle`.
 
     Raises:
-        ValueError: no such archive, or one that holds no contiguous tensor within its bounds.
+        ValueError: no such archive, or see `load_pickle`.
     """
-    try:
-        with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
-            tensor = load_pickle(archive.read(_member(archive, "data.pkl")))
-            if is_a(tensor, "_rebuild_parameter"):
-                tensor = tensor.arguments[0]
-            if not is_a(tensor, "_rebuild_tensor_v2"):
-                raise ValueError("it holds no tensor")
-            (_, storage_type, name, *_), first, shape, stride = tensor.arguments[:4]
-            member = _member(archive, f"data/{name}")
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length = descriptor, offset, length
+        try:
+            with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
+                self._members: dict[str, list[zipfile.ZipInfo]] = {}
+                for info in archive.infolist():  # whose names all begin with a folder of the archive's own
+                    self._members.setdefault(info.filename.split("/", 1)[-1], []).append(info)
+                self.content = load_pickle(archive.read(self._member("data.pkl")))
+        except Exception as error:
+            raise ValueError(one_line(error)) from error
+
+    def _member(self, name: str) -> zipfile.ZipInfo:
+        found = self._members.get(name, [])
+        if len(found) != 1:
+            raise ValueError(f"it has {len(found)} members {name}")
+        if found[0].compress_type != zipfile.ZIP_STORED or found[0].compress_size != found[0].file_size:
+            raise ValueError(f"{name} is compressed")
+        return found[0]
+
+    def find(self, tensor: Any) -> SavedTensor:
+        """Where the values of a tensor of the content lie, without their being read.
+
+        Raises:
+            ValueError: not a tensor, or one that is not contiguous or lies outside the archive.
+        """
+        try:
+            return self._find(tensor)
+        except Exception as error:
+            raise ValueError(one_line(error)) from error
+
+    def _find(self, tensor: Any) -> SavedTensor:
+        if is_a(tensor, "_rebuild_parameter"):
+            tensor = tensor.arguments[0]
+        if not is_a(tensor, "_rebuild_tensor_v2"):
+            raise ValueError("it holds no tensor")
+        (_, storage_type, name, *_), first, shape, stride = tensor.arguments[:4]
+        member = self._member(f"data/{name}")
         dtype = _STORAGES.get(getattr(storage_type, "__name__", ""))
         if dtype is None:
             raise ValueError(f"a tensor of {ascii(storage_type)[:80]}")
@@ -239,18 +248,16 @@ def find_tensor(descriptor: int, offset: int, length: int) -> SavedTensor:
             extent > 1 and step != prod(shape[place + 1 :])
             for place, (extent, step) in enumerate(zip(shape, stride, strict=True))
         ):
-            raise ValueError("a tensor that is not contiguous")
+            raise ValueError(f"a tensor of {list(shape)} that is not contiguous")
         signature, name_length, extra_length = struct.unpack(
-            "<4s22xHH", os.pread(descriptor, 30, offset + member.header_offset)
+            "<4s22xHH", os.pread(self._descriptor, 30, self._offset + member.header_offset)
         )
         begin = member.header_offset + 30 + name_length + extra_length
-        if signature != b"PK\3\4" or begin + member.file_size > length:
+        if signature != b"PK\3\4" or begin + member.file_size > self._length:
             raise ValueError("a storage that lies outside its archive")
         if (first + prod(shape)) * dtype.itemsize > member.file_size:
             raise ValueError("a storage that is smaller than its tensor")
-        return SavedTensor(dtype, shape, offset + begin + first * dtype.itemsize)
-    except Exception as error:
-        raise ValueError(one_line(error)) from error
+        return SavedTensor(dtype, shape, self._offset + begin + first * dtype.itemsize)
 
 
 class _Storage:

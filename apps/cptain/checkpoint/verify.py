@@ -5,81 +5,91 @@ through the same rules that convert and export use; two of a kind under their ow
 Vocabulary padding, which is Megatron's own, is left out.
 """
 
+import random
 import re
 import sys
+import time
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from cptain import __version__, atomic
 from cptain.architecture import Architecture, read_architecture, read_config
-from cptain.checkpoint.export import check_checkpoint
+from cptain.checkpoint.export import check_checkpoint, hf_tensors
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
-from cptain.checkpoint.mapping import Rule, Shape, model_order, row_ranges
+from cptain.checkpoint.mapping import Shape, rules
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.streaming import Buffers, Fill, in_threads
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
 from cptain.errors import CptainError
 from cptain.progress import Progress
 
 LOGITS_TOLERANCE = 1e-5  # of the largest logit, or of 1 where that is smaller: fp32's rounding through a model
+_PIECE = 64 << 20  # bytes that a thread takes at once
+_SAMPLE = 1 << 20
+_SUBTRACTED = 1 << 20  # values subtracted at once, in fp64
+_LAYER = re.compile(r"\.\d+\.")
 _EXPORT = re.compile(r"iter_\d{7}")
 
 
-class _Tensors(Protocol):
-    """What a comparison needs of a checkpoint."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of one side, as rows that can be read in any order."""
 
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> Shape: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def read(self, name: str, first: int = 0, stop: int | None = None) -> torch.Tensor: ...
+    shape: Shape
+    dtype: torch.dtype
+    rows: int
+    fill: Fill
 
 
-class _AsHuggingFace:
-    """A Megatron checkpoint under the Hugging Face names of an architecture."""
+def _rows_of(reader: SafetensorsReader | TorchDistReader | LegacyReader, name: str) -> _Tensor:
+    """A tensor under its own name; in a Megatron checkpoint, dimension 0 may be that of the layers."""
+    shape, dtype = reader.shape(name), reader.dtype(name)
+    if isinstance(reader, SafetensorsReader):
+        return _Tensor(shape, dtype, prod(shape[:1]), partial(reader.read, name))
+    if len(shape) < 3:
+        return _Tensor(shape, dtype, prod(shape[:1]), partial(reader.read, name, None))
+    height, row_bytes = shape[1], prod(shape[2:]) * dtype.itemsize
 
-    def __init__(self, reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
-        check_checkpoint(reader, architecture)
-        self._reader, self._architecture = reader, architecture
-        self._places: dict[str, tuple[Rule, int, int]] = {}
-        for rule, layer in model_order(architecture):
-            for part, name in enumerate(rule.hf_names(layer)):
-                self._places[name] = (rule, layer, part)
-        self._held: tuple[tuple[str, int], list[torch.Tensor]] | None = None  # one rule's layer: its parts come in turn
+    def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
+        for layer in range(first // height, -(-stop // height)):
+            begin, end = max(first, layer * height), min(stop, (layer + 1) * height)
+            at, to = ((row - first) * row_bytes for row in (begin, end))
+            reader.read(name, layer, begin - layer * height, end - layer * height, buffer[at:to])
 
-    def names(self) -> list[str]:
-        return list(self._places)
+    return _Tensor(shape, dtype, shape[0] * height, fill)
 
-    def shape(self, name: str) -> Shape:
-        rule, _, part = self._places[name]
-        return rule.hf_shapes(self._architecture)[part]
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._places[name][0].key)
+def tensors(
+    reader: SafetensorsReader | TorchDistReader | LegacyReader, architecture: Architecture | None = None
+) -> dict[str, _Tensor]:
+    """The tensors of a checkpoint by name: of a Megatron one by Hugging Face's, where the architecture is given.
 
-    def read(self, name: str, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        rule, layer, part = self._places[name]
-        if not rule.layered:
-            return self._reader.read(rule.key, first, self.shape(name)[0] if stop is None else stop)
-        if self._held is None or self._held[0] != (rule.key, layer):
-            tensor = self._reader.read(rule.key, layer, layer + 1)[0]
-            self._held = (
-                (rule.key, layer),
-                rule.layout.parts(tensor, rule.hf_shapes(self._architecture), self._architecture),
-            )
-        return self._held[1][part][first:stop]
+    Raises:
+        CptainError: a checkpoint that is not of the architecture.
+    """
+    if architecture is None or isinstance(reader, SafetensorsReader):
+        return {name: _rows_of(reader, name) for name in reader.names()}
+    check_checkpoint(reader, architecture)
+    dtype = reader.dtype(rules(architecture)[0].key)
+    return {name: _Tensor(shape, dtype, shape[0], fill) for name, shape, fill in hf_tensors(reader, architecture)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One row of the table: how a tensor of A differs from B's. `max_abs` is None where they cannot be subtracted."""
+    """How a tensor of A differs from B's. `max_abs` and `mean_abs` are None where they cannot be subtracted."""
 
     name: str
     shape: str
     dtype: str
     max_abs: float | None
+    mean_abs: float | None
     equal: bool
 
 
@@ -94,9 +104,8 @@ def resolve(folder: Path) -> Path:
         raise CptainError(f"{folder}: no such folder")
     if (folder / TRACKER).is_file():
         return iteration_folder(folder, read_tracker(folder))
-    if (folder / "config.json").is_file() or (folder / ".metadata").is_file() or (folder / "metadata.json").is_file():
-        return folder
-    if is_legacy(folder):
+    known = ("config.json", ".metadata", "metadata.json")
+    if any((folder / name).is_file() for name in known) or is_legacy(folder):
         return folder
     raise CptainError(f"{folder}: neither a Hugging Face model (config.json) nor a torch_dist checkpoint (.metadata)")
 
@@ -105,42 +114,90 @@ def _is_hf(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
-
-
-def compare_tensor(name: str, a: _Tensors, b: _Tensors) -> Difference:
-    """Compare one tensor that both have, a piece at a time. A NaN on one side alone is an infinite difference."""
-    shape_a, shape_b, dtype_a, dtype_b = a.shape(name), b.shape(name), a.dtype(name), b.dtype(name)
-    shape = str(list(shape_a)) if shape_a == shape_b else f"{list(shape_a)} ≠ {list(shape_b)}"
-    names = [str(dtype).removeprefix("torch.") for dtype in (dtype_a, dtype_b)]
-    dtype = names[0] if dtype_a == dtype_b else f"{names[0]} ≠ {names[1]}"
-    if shape_a != shape_b:
-        return Difference(name, shape, dtype, None, False)
-    equal, largest = dtype_a == dtype_b, 0.0
-    for first, stop in row_ranges(shape_a, dtype_a):
-        piece_a, piece_b = a.read(name, first, stop), b.read(name, first, stop)
-        if dtype_a == dtype_b and torch.equal(_bits(piece_a), _bits(piece_b)):
+def _compare_rows(name: str, a: _Tensor, b: _Tensor, first: int, stop: int, buffers: Buffers) -> "_Part":
+    """Compare rows that both have, a buffer's length at a time. A NaN on one side alone is an infinite difference."""
+    sizes = [prod(side.shape) * side.dtype.itemsize // side.rows for side in (a, b)]
+    part = _Part(name, bytes=(stop - first) * sum(sizes))
+    for begin, end, pair in buffers.row_ranges(first, stop, max(sizes)):
+        values = []
+        for side, row_bytes, buffer in zip((a, b), sizes, pair, strict=True):
+            values.append(buffer[: (end - begin) * row_bytes])
+            side.fill(begin, end, values[-1])
+        if a.dtype == b.dtype and same_bits(*values):
             continue
-        difference = (piece_a.double() - piece_b.double()).abs().nan_to_num(nan=float("inf"))
-        if difference.numel():
-            largest = max(largest, difference.max().item())
-        equal = False
-    return Difference(name, shape, dtype, largest, equal)
+        part.equal = False
+        for one, other in zip(
+            values[0].view(a.dtype).split(_SUBTRACTED), values[1].view(b.dtype).split(_SUBTRACTED), strict=True
+        ):
+            difference = (one.double() - other.double()).abs().nan_to_num(nan=float("inf"))
+            part.max_abs = max(part.max_abs, difference.max().item())
+            part.sum_abs += difference.sum().item()
+    return part
 
 
-def compare_tensors(a: _Tensors, b: _Tensors) -> list[Difference]:
-    """Compare every tensor of either side."""
-    names_a, names_b = a.names(), set(b.names())
-    both = [name for name in names_a if name in names_b]
-    rows = []
-    with Progress("verify", len(both), "tensor") as progress:
-        for name in both:
-            rows.append(compare_tensor(name, a, b))
-            progress.advance(1, name)
-    for side, names in (("A", set(names_a) - names_b), ("B", names_b - set(names_a))):
-        rows += [Difference(name, f"only in {side}", "", None, False) for name in sorted(names)]
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two flat tensors of uint8 are equal."""
+    whole = len(a) // 8 * 8
+    wide = (tensor[:whole].numpy().view(np.int64) for tensor in (a, b))
+    return np.array_equal(*wide) and np.array_equal(a[whole:].numpy(), b[whole:].numpy())
+
+
+@dataclass
+class _Part:
+    """What was found in rows of a tensor."""
+
+    name: str
+    bytes: int
+    equal: bool = True
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+
+
+def _ranges(tensor: _Tensor, sample: bool) -> list[tuple[int, int]]:
+    """The rows to compare: all, in pieces for several threads, or 1 MB at a place that is the same at every run."""
+    row_bytes = max(1, prod(tensor.shape) * tensor.dtype.itemsize // max(1, tensor.rows))
+    if not sample:
+        step = max(1, _PIECE // row_bytes)
+        return [(first, min(first + step, tensor.rows)) for first in range(0, tensor.rows, step)]
+    count = min(tensor.rows, max(1, _SAMPLE // row_bytes))
+    first = random.Random(str(tensor.shape)).randint(0, tensor.rows - count)
+    return [(first, first + count)] if count else []
+
+
+def compare_tensors(
+    a: dict[str, _Tensor], b: dict[str, _Tensor], workers: int = 1, sample: bool = False
+) -> list[Difference]:
+    """Compare every tensor of either side, or 1 MB of each."""
+    found: dict[str, _Part] = {}
+    tasks, total = [], 0
+    for name in a:
+        if name in b and a[name].shape == b[name].shape and a[name].rows == b[name].rows:
+            found[name] = _Part(name, 0, equal=a[name].dtype == b[name].dtype)
+            for first, stop in _ranges(a[name], sample):
+                tasks.append(partial(_compare_rows, name, a[name], b[name], first, stop))
+                for side in (a[name], b[name]):
+                    total += (stop - first) * (prod(side.shape) * side.dtype.itemsize // side.rows)
+    with Progress("verify", total, "B") as progress, in_threads(tasks, workers, buffers=2) as parts:
+        for part in parts:
+            whole = found[part.name]
+            whole.equal &= part.equal
+            whole.max_abs, whole.sum_abs = max(whole.max_abs, part.max_abs), whole.sum_abs + part.sum_abs
+            whole.bytes += part.bytes
+            progress.advance(part.bytes, part.name)
+    rows = [_difference(name, a[name], b[name], found.get(name)) for name in a if name in b]
+    for letter, names in (("A", set(a) - set(b)), ("B", set(b) - set(a))):
+        rows += [Difference(name, f"only in {letter}", "", None, None, False) for name in sorted(names)]
     return rows
+
+
+def _difference(name: str, a: _Tensor, b: _Tensor, part: _Part | None) -> Difference:
+    shape = str(list(a.shape)) if a.shape == b.shape else f"{list(a.shape)} ≠ {list(b.shape)}"
+    names = [str(side.dtype).removeprefix("torch.") for side in (a, b)]
+    dtype = names[0] if a.dtype == b.dtype else f"{names[0]} ≠ {names[1]}"
+    if part is None:
+        return Difference(name, shape, dtype, None, None, False)
+    compared = part.bytes // (a.dtype.itemsize + b.dtype.itemsize)
+    return Difference(name, shape, dtype, part.max_abs, part.sum_abs / max(1, compared), part.equal)
 
 
 def _compare_logits(folders: list[Path], architecture: Architecture) -> dict[str, Any]:
@@ -165,18 +222,39 @@ def _compare_logits(folders: list[Path], architecture: Architecture) -> dict[str
     }
 
 
-def _print_table(rows: list[Difference]) -> None:
-    header = ("tensor", "shape", "dtype", "max |A−B|")
-    cells = [
-        (row.name, row.shape, row.dtype, "0" if row.equal else "≠" if row.max_abs is None else f"{row.max_abs:.3g} ≠")
-        for row in rows
+def _kinds(rows: list[Difference]) -> list[tuple[str, ...]]:
+    """The table: one line for all layers' tensors of a kind; those that differ in shape or dtype have their own."""
+    kinds: dict[tuple[str, str, str], list[Difference]] = {}
+    for row in rows:
+        kinds.setdefault((_LAYER.sub(".*.", row.name), row.shape, row.dtype), []).append(row)
+    return [
+        (name, shape, dtype, str(len(members)), *_figures(members, sum(member.equal for member in members)))
+        for (name, shape, dtype), members in kinds.items()
     ]
-    widths = [max(len(line[column]) for line in [header, *cells]) for column in range(4)]
-    for line in [header, *cells]:
+
+
+def _figures(members: list[Difference], equal: int) -> tuple[str, str, str]:
+    if equal == len(members):
+        return "0", "0", str(equal)
+    if any(member.max_abs is None for member in members):
+        return "≠", "≠", str(equal)
+    largest = max(member.max_abs or 0.0 for member in members)
+    mean = sum(member.mean_abs or 0.0 for member in members) / len(members)
+    return f"{largest:.3g}", f"{mean:.3g}", str(equal)
+
+
+def _print_table(rows: list[Difference]) -> None:
+    lines = [("tensor", "shape", "dtype", "tensors", "max |A−B|", "mean |A−B|", "equal"), *_kinds(rows)]
+    different = [row for row in rows if not row.equal]
+    if different:
+        lines.append(("",) * 7)
+        lines += [(row.name, row.shape, row.dtype, "1", *_figures([row], 0)[:2], "≠") for row in different]
+    widths = [max(len(line[column]) for line in lines) for column in range(7)]
+    for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def verify(a: Path, b: Path, logits: bool = False) -> None:
+def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: bool = False) -> None:
     """Compare two checkpoints and print the table.
 
     Beside an export that is compared with the checkpoint it came from, verify.json records the result.
@@ -185,6 +263,8 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
         a: a Hugging Face model, or a Megatron checkpoint or its root.
         b: likewise.
         logits: compare forward passes too.
+        workers: threads.
+        sample: compare 1 MB of each tensor; verify.json then says so.
 
     Raises:
         CptainError: a difference, or a side that cannot be read.
@@ -202,25 +282,30 @@ def verify(a: Path, b: Path, logits: bool = False) -> None:
         raise CptainError(
             "--logits: not of a legacy torch checkpoint: its tensors can be compared, and its export's logits"
         )
-    sides: list[_Tensors] = list(readers)
-    if architecture is not None and not all(map(_is_hf, folders)):
-        sides = [
-            reader if isinstance(reader, SafetensorsReader) else _AsHuggingFace(reader, architecture)
-            for reader in readers
-        ]
-    rows = compare_tensors(*sides)
+    shared = None if all(map(_is_hf, folders)) else architecture
+    if logits:
+        for reader in readers:
+            if isinstance(reader, TorchDistReader):
+                reader.check_objects()
+    began = time.monotonic()
+    sides = [tensors(reader, shared) for reader in readers]
+    rows = compare_tensors(sides[0], sides[1], workers, sample)
     for reader in readers:
         reader.close()
     _print_table(rows)
     equal = sum(row.equal for row in rows)
-    click.echo(f"\n{equal} of {len(rows)} tensors bit-equal")
+    click.echo(f"\n{equal} of {len(rows)} tensors bit-equal" + (", as far as 1 MB of each shows" if sample else ""))
     record: dict[str, Any] = {
         "cptain": __version__,
         "a": str(folders[0]),
         "b": str(folders[1]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(time.monotonic() - began, 1),
+        "sample": sample,
         "tensors": len(rows),
         "equal": equal,
         "different": [row.name for row in rows if not row.equal],
+        "max_abs_difference": max((row.max_abs or 0.0 for row in rows), default=0.0),
     }
     if logits and architecture is not None:
         record["logits"] = result = _compare_logits(folders, architecture)

@@ -125,6 +125,7 @@ def _start(run: RunFile, architecture: Architecture) -> int | None:
         raise error if resume else CptainError(f"{error} (run convert first)") from error
     with TorchDistReader(iteration_folder(root, iteration)) as reader:
         check_checkpoint(reader, architecture)
+        reader.check_objects()
     if not resume:
         check_converted_from(root, architecture)
     return iteration if resume else None
