@@ -231,6 +231,39 @@ def test_a_pickle_that_calls_anything_is_refused_and_nothing_runs(copy: Path, pl
     assert not (copy / "ran").exists()
 
 
+MEMBER = b"\x80\x02c__builtin__\ngetattr\n%b\x86R"  # of an enum, as Python 3.11.2 pickles it; to go on or to end
+MODE = b"cmegatron.core.rerun_state_machine\nRerunMode\n"
+
+
+def test_a_member_of_an_enum_that_an_older_python_pickled_by_getattr_is_read(copy: Path) -> None:
+    put(copy, "layers._extra_state/shard_0_1", MEMBER % (MODE + b"U\x08DISABLED") + b".")
+    assert refusal(read_all, copy) is None
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        MEMBER % (b"cargparse\nNamespace\n" + b"U\x08__init__") + b".",
+        MEMBER % (b"cargparse\nNamespace\n" + b"U\x04walk") + b".",
+        MEMBER % (MODE + b"U\x08__init__") + b".",
+        MEMBER % (MODE + b"U\x0b__globals__") + b".",
+        MEMBER % (MODE + b"K\x01") + b".",
+        MEMBER % (MODE + b")R" + b"U\x04call") + b".",  # of an instance
+        MEMBER % (b"cio\nBytesIO\n" + b"U\x04read") + b".",
+        MEMBER % (MEMBER % (MODE + b"U\x04name") + b"U\x04call") + b".",  # of what it gave
+        MEMBER % (MODE + b"U\x04name") + b")R.",  # called
+        MEMBER % (MODE + b"U\x04name") + b")\x81.",
+        MEMBER % (MODE + b"U\x04name") + b"}U\x08__code__Nsb.",  # changed
+        MEMBER % (MODE + b"U\x04name") + b"N}U\x0c__defaults__Ns\x86b.",
+        MEMBER % (MODE + b"U\x04name") + b"U\x01xNs.",
+        MEMBER % (MODE + b"U\x04name") + b"Na.",
+    ],
+)
+def test_getattr_leads_nowhere_but_to_members_of_enums(copy: Path, program: bytes) -> None:
+    put(copy, "layers._extra_state/shard_0_1", program)
+    assert refusal(read_all, copy)
+
+
 BOMBS = {
     "a memo of 4 billion places": b"\x80\x04Nr\xff\xff\xff\xff.",
     "a memo place in decimal": b"Np99999999999\n.",

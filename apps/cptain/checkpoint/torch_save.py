@@ -54,20 +54,41 @@ def is_a(value: Any, name: str) -> bool:
     return isinstance(value, Stub) and type(value).__name__.endswith(name)
 
 
-# Containers that hold values and run nothing.
+# Their classes. Functions would do things when Megatron itself loads the checkpoint.
+_PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
+
+
+class _Member:
+    """Stands in for getattr(class, name), as Python 3.11 pickles a member of an enum before 3.11.4.
+
+    What getattr really gives could lead to anything, so here it leads nowhere: it takes public names of Megatron's
+    classes and of signal.Signals, and what it gives cannot be called, asked for more or given a state.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, owner: Any, name: Any) -> "_Member":
+        is_class = isinstance(owner, type) and f"{owner.__module__}.".startswith((*_PACKAGES, "signal."))
+        if not is_class or not isinstance(name, str) or not name[:1].isalpha():
+            raise pickle.UnpicklingError(f"it asks for {ascii(name)[1:-1][:80]} of {ascii(owner)[:80]}")
+        return super().__new__(cls)
+
+
+# What runs nothing.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("builtins", "getattr"): _Member,
 }
+# Protocol 2, which torch.save uses, has Python 2's names.
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # What else torch, numpy and Megatron's saved arguments name.
 _NAMES = {
     ("torch", "device"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch.serialization", "_get_layout"),
-    ("builtins", "getattr"),  # before 3.11.4, Python 3.11 pickles members of enums that way
     ("builtins", "bytearray"),
     ("builtins", "complex"),
     ("argparse", "Namespace"),
@@ -87,12 +108,11 @@ _NAMES = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
 }
-# Their classes. Functions would do things when Megatron itself loads the checkpoint.
-_PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = _PYTHON_2.get(module, module)
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
