@@ -183,7 +183,7 @@ def test_convert_keeps_a_few_tensors_in_memory_whatever_the_model(tmp_path: Path
     writer = SafetensorsWriter(
         [(*one, lambda first, stop, buffer: buffer.zero_()) for one in shapes_by_name], torch.bfloat16
     )
-    write_files(folder, writer.files, 1, Progress("test", 1, "B"))
+    write_files(folder, writer.files, 1, Progress("test", 1, "B").advance)
     writer.finish(folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -582,7 +582,7 @@ def test_a_single_value_is_compared_like_any_tensor(tmp_path: Path) -> None:
         writer = TorchDistWriter(4)
         writer.add_chunk("scale", (), (), (), torch.float32, 1, rows_of(torch.tensor([value])))
         (tmp_path / name).mkdir()
-        write_files(tmp_path / name, writer.files, 1, Progress("test", 1, "B"))
+        write_files(tmp_path / name, writer.files, 1, Progress("test", 1, "B").advance)
         writer.finish(tmp_path / name, {})
     assert cptain("verify", tmp_path / "a", tmp_path / "b").exit_code == 0
     (row, _) = re.findall("^scale .*", cptain("verify", tmp_path / "a", tmp_path / "c").output, re.MULTILINE)
@@ -593,7 +593,7 @@ def test_shards_are_cut_by_size_and_the_index_names_them(tmp_path: Path) -> None
     tensors = {f"t{i}": torch.randn(10, 25) for i in range(5)}
     planned = [(name, (10, 25), rows_of(tensor)) for name, tensor in tensors.items()]
     writer = SafetensorsWriter(planned, torch.float32, shard_bytes=2000)
-    write_files(tmp_path, writer.files, 2, Progress("test", 1, "B"))
+    write_files(tmp_path, writer.files, 2, Progress("test", 1, "B").advance)
     writer.finish(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)

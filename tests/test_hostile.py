@@ -51,7 +51,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_chunk("layers.weight", (4, 3), (row, 0), (2, 3), rows.dtype, 2, rows_of(rows))
     writer.add_chunk("norm.weight", (5,), (0,), (5,), torch.float32, 5, rows_of(torch.arange(5.0)))
     writer.add_object("layers._extra_state", 0, 1, None)
-    write_files(folder, writer.files, 1, Progress("test", 1, "B"))
+    write_files(folder, writer.files, 1, Progress("test", 1, "B").advance)
     writer.finish(folder, {"args": None, "iteration": 3})
     read_all(folder)
     return folder
@@ -155,6 +155,9 @@ CALLABLES = [
     "megatron.training.initialize.exec",
     "transformer_engine.common.subprocess",
     "asyncio.run",
+    "signal.signal",
+    "signal.raise_signal",
+    "signal.SIG_DFL",
     "bdb.Bdb",
     "cProfile.run",
     "trace.Trace",
@@ -236,7 +239,8 @@ MODE = b"cmegatron.core.rerun_state_machine\nRerunMode\n"
 
 
 def test_a_member_of_an_enum_that_an_older_python_pickled_by_getattr_is_read(copy: Path) -> None:
-    put(copy, "layers._extra_state/shard_0_1", MEMBER % (MODE + b"U\x08DISABLED") + b".")
+    mode, number = MEMBER % (MODE + b"U\x08DISABLED"), b"csignal\nSIGTERM\n"
+    put(copy, "layers._extra_state/shard_0_1", b"\x80\x02" + mode[2:] + number + b"\x86.")
     assert refusal(read_all, copy) is None
 
 

@@ -90,35 +90,47 @@ def _take_name(partial: Path, final: Path, replaced: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success its files are fsynced and it takes the name `final`.
+def renamed_folder(folder: Path, final: Path) -> Iterator[None]:
+    """On success of the block, fsync the files of `folder`, which lies beside `final`, and give it that name.
 
     A folder already there is replaced: it is moved aside before the rename and removed after, so that `final` is never
-    a mixture of both. On any exception the new folder is removed and the old one stays.
+    a mixture of both. On any exception the new folder keeps its name, and the old one its.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(final.parent)
-    partial = _partial(final)
     replaced = _partial(final.with_name(f"{final.name}.replaced"))
     try:
-        partial.mkdir()
-        yield partial
-        for path in partial.rglob("*"):
+        yield
+        for path in folder.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as written:
                     os.fsync(written.fileno())
-        fsync_folder(partial)
-        _take_name(partial, final, replaced)
+        fsync_folder(folder)
+        _take_name(folder, final, replaced)
         fsync_folder(final.parent)
     except BaseException as error:
-        _remove(partial)
-        if replaced.exists() and not final.exists():
-            _take_name(replaced, final, partial)
+        if not final.exists():
+            with suppress(OSError):  # nothing was there, or another process's is now
+                os.rename(replaced, final)
         _cannot_write(final, error)
         raise
     finally:
         if final.exists():
             _remove(replaced)
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the name `final`, see `renamed_folder`, and on any exception
+    it is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(final.parent)
+    partial = _partial(final)
+    try:
+        with renamed_folder(partial, final):
+            partial.mkdir()
+            yield partial
+    except BaseException:
+        _remove(partial)
+        raise
 
 
 def write_text(final: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from cptain import __version__
 from cptain.architecture import Architecture, model_folder, read_architecture
 from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
+from cptain.checkpoint.parts import SharedFolder, remove_parts
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Fill, write_files
@@ -179,45 +180,74 @@ def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWri
     return writer
 
 
-def convert(run: RunFile, workers: int = 1, force: bool = False) -> Path:
+def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int, int] = (1, 1)) -> Path:
     """Convert the run's Hugging Face model, unless that is done.
 
     Args:
         run: the run.
         workers: threads.
         force: convert again.
+        part: (I, N) writes the I-th of N parts of the checkpoint; the last to end completes it.
 
     Returns:
-        The checkpoint's root, whose `release` is complete.
+        The checkpoint's root, whose `release` is complete unless parts are missing.
 
     Raises:
         CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json.
     """
     folder, root = model_folder(run.model.hf), run.megatron_folder
+    release = root / RELEASE
     architecture = read_architecture(folder)
     with SafetensorsReader(folder) as reader:
         check_tensors(reader, architecture)
         source = _source(folder, reader)
         remove_stale_partials(root)
         if not force and _is_done(root, source):
-            print(f"convert: {root / RELEASE} is done and the model unchanged", file=sys.stderr)
+            print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
             return root
         began = time.monotonic()
         writer = _plan(reader, architecture)
-        with Progress("convert", reader.bytes, "B") as progress, atomic_folder(root / RELEASE) as partial:
-            write_files(partial, writer.files, workers, progress)
+
+        def finish(folder: Path) -> None:
             record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
-            (partial / _SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            (folder / _SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
             common = {
                 "args": _megatron_args(architecture),
                 "checkpoint_version": 3.0,
                 "iteration": 0,
                 "num_floating_point_operations_so_far": 0,
             }
-            writer.finish(partial, common)
+            writer.finish(folder, common)
+
+        if part == (1, 1):
+            with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
+                write_files(partial, writer.files, workers, progress.advance)
+                finish(partial)
+        else:
+            shared = SharedFolder(release, json.dumps(source), writer.files, part)
+            if not _write_part(shared, part, workers):
+                return root
+            with shared.finished():
+                finish(shared.folder)
+        remove_parts(release)
         write_tracker(root, None)
-        print(
-            f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {root / RELEASE}",
-            file=sys.stderr,
-        )
+        print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
     return root
+
+
+def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int) -> bool:
+    """Write this part unless it is done; whether all are done then."""
+    number, count = part
+    if number in shared.missing():
+        size = sum(file.bytes for file in shared.files)
+        with Progress(f"convert {number}/{count}", size, "B") as progress, shared.written() as beat:
+
+            def advance(count: int, name: str) -> None:
+                progress.advance(count, name)
+                beat()
+
+            write_files(shared.folder, shared.files, workers, advance)
+    missing = shared.missing()
+    left = f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
+    print(f"convert: part {number} of {count} is done{left}", file=sys.stderr)
+    return not missing

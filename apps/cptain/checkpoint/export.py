@@ -158,7 +158,7 @@ def export(run: RunFile, iteration: int | None = None, workers: int = 1, force: 
         dtype = reader.dtype(rules(architecture)[0].key)
         writer = SafetensorsWriter(hf_tensors(reader, architecture), dtype)
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
-            write_files(partial, writer.files, workers, progress)
+            write_files(partial, writer.files, workers, progress.advance)
             writer.finish(partial)
             _carry_over(base, partial, dtype)
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)

@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 import torch
 from isal import isal_zlib
 
-from cptain.progress import Progress
-
 Fill = Callable[[int, int, torch.Tensor], None]  # rows (first, stop) of a tensor into a flat tensor of uint8
 _BUFFER = 1 << 20  # bytes: what is read is still in the processor's cache when it is written
 _Result = TypeVar("_Result")
@@ -162,15 +160,22 @@ def _write_rows(file: _OpenFile, rows: Rows | None, buffers: Buffers) -> tuple[i
     return (rows.stop - rows.first) * rows.row_bytes, rows.name
 
 
-def write_files(folder: Path, plans: Iterable[FilePlan], workers: int, progress: Progress) -> None:
-    """Write files into an existing folder, and flush them to disk."""
+def write_files(folder: Path, plans: Iterable[FilePlan], workers: int, advance: Callable[[int, str], None]) -> None:
+    """Write files into an existing folder, and flush them to disk.
+
+    Args:
+        folder: where.
+        plans: the files.
+        workers: threads.
+        advance: told the bytes that were written since it was last called, and of which tensor.
+    """
     files = [(_OpenFile(folder, plan), plan) for plan in plans]
     tasks = [partial(_write_rows, file, rows) for file, plan in files for rows in plan.rows]
     tasks += [partial(_write_rows, file, None) for file, plan in files if not plan.rows]
     try:
         with in_threads(tasks, workers, buffers=1) as results:
             for count, name in results:
-                progress.advance(count, name)
+                advance(count, name)
     finally:
         for file, _ in files:
             file.close()

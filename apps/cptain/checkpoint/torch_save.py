@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import pickletools
+import signal
 import struct
 import zipfile
 import zlib
@@ -59,16 +60,16 @@ _PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torc
 
 
 class _Member:
-    """Stands in for getattr(class, name), as Python 3.11 pickles a member of an enum before 3.11.4.
+    """Stands in for getattr(class, name), as Python 3.11 before 3.11.4 pickles a member of an enum.
 
     What getattr really gives could lead to anything, so here it leads nowhere: it takes public names of Megatron's
-    classes and of signal.Signals, and what it gives cannot be called, asked for more or given a state.
+    classes, and what it gives cannot be called, asked for more or given a state.
     """
 
     __slots__ = ()
 
     def __new__(cls, owner: Any, name: Any) -> "_Member":
-        is_class = isinstance(owner, type) and f"{owner.__module__}.".startswith((*_PACKAGES, "signal."))
+        is_class = isinstance(owner, type) and f"{owner.__module__}.".startswith(_PACKAGES)
         if not is_class or not isinstance(name, str) or not name[:1].isalpha():
             raise pickle.UnpicklingError(f"it asks for {ascii(name)[1:-1][:80]} of {ascii(owner)[:80]}")
         return super().__new__(cls)
@@ -117,6 +118,8 @@ class _Unpickler(pickle.Unpickler):
             return _PLAIN[module, name]
         if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
             return torch.__dict__[name]
+        if module == "signal" and name in signal.Signals.__members__:
+            return signal.Signals[name]  # how Python before 3.11.4 pickles them
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
         is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
         if (module, name) in _NAMES or is_storage or (module.startswith(_PACKAGES) and is_class):
