@@ -93,7 +93,7 @@ def rows_of(tensor: Any) -> Callable[[int, int, Any], None]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What is half-written, or was left so, below `folder`."""
-    return [path for path in folder.rglob("*") if ".partial" in path.name]
+    return [path for path in folder.rglob("*") if ".partial" in path.name or ".parts-" in path.name]
 
 
 def wait_until_half_written(folder: Path) -> None:
@@ -222,6 +222,20 @@ def make_ready_run(ready_run: Path, make_run: RunFileMaker) -> RunFileMaker:
         return make_run(data__output=str(shared / "data"), model__megatron=str(shared / "megatron"), **changes)
 
     return make
+
+
+def as_if_trained(file: Path, *iterations: int) -> Path:
+    """Put the converted checkpoint where training would have saved these iterations, by default 1; gives the folder of
+    the last one's export."""
+    from cptain.checkpoint.torch_dist import iteration_folder, write_tracker
+    from cptain.run_file import load_run
+
+    run = load_run(file)
+    for iteration in iterations or (1,):
+        folder = iteration_folder(run.checkpoints_folder, iteration)
+        shutil.copytree(run.megatron_folder / "release", folder)
+        write_tracker(run.checkpoints_folder, iteration)
+    return run.hf_folder / folder.name
 
 
 @pytest.fixture(scope="session")

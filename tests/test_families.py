@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunFileMaker, cptain, write_run_file
+from conftest import RunFileMaker, as_if_trained, cptain, write_run_file
 from cptain.architecture import Architecture, read_architecture
 from cptain.checkpoint.logits import Logits, _in_process, _megatron
-from cptain.checkpoint.torch_dist import write_tracker
 from cptain.errors import CptainError
 from cptain.run_file import load_run
 from cptain.training.flags import check_parallel
@@ -141,13 +140,10 @@ def save_random_model(folder: Path, config: PreTrainedConfig) -> None:
 
 def export_as_trained(file: Path) -> Path:
     """Export the converted checkpoint as if training had saved it as iteration 1."""
-    run = load_run(file)
-    run.checkpoints_folder.mkdir(parents=True)
-    (run.checkpoints_folder / "iter_0000001").symlink_to(run.megatron_folder / "release")
-    write_tracker(run.checkpoints_folder, 1)
+    exported = as_if_trained(file)
     result = cptain("export", file)
     assert result.exit_code == 0, result.output
-    return run.hf_folder / "iter_0000001"
+    return exported
 
 
 def forward_passes(releases: list[tuple[str, Architecture]]) -> Logits:
@@ -195,7 +191,9 @@ def test_a_family_comes_back_bit_for_bit_with_its_own_config(converted: dict[str
     before, after = load_file(folder / "model.safetensors"), load_file(exported / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((exported / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert read_architecture(exported) == read_architecture(folder)
+    before, after = (json.loads((one / "config.json").read_text()) for one in (folder, exported))
+    assert after == {**after, **before}
 
 
 @pytest.mark.parametrize(

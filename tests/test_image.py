@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, make
+import torch
+from conftest import PROJECT, RunFileMaker, as_if_trained, cptain, make
 from spython.main import get_client
 
 STAGES = ("preprocess", "convert", "train", "export")
@@ -108,6 +110,32 @@ def test_the_four_stages_run_from_a_read_only_image(place: Place) -> None:
         if file.is_file():
             assert b"very_secret" not in file.read_bytes(), file
     assert digest(place.image) == before
+
+
+def test_an_export_computes_in_the_image_s_transformers_what_it_does_in_this_one(
+    place: Place, make_ready_run: RunFileMaker
+) -> None:
+    file = make_ready_run()
+    exported = as_if_trained(file)
+    assert cptain("export", file).exit_code == 0
+    folder = shutil.copytree(exported, place.folder / "exported")
+    script = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model(torch.arange(1, 200)[None]).logits, sys.argv[2])
+print(transformers.__version__)
+"""
+    inside = [place.apptainer, "exec", "--bind", str(place.folder), str(place.image), "python3"]
+    versions, logits = [], []
+    for python in (inside, [sys.executable]):
+        saved = place.folder / "logits.pt"
+        command = [*python, "-c", script, str(folder), str(saved)]
+        done = subprocess.run(command, env=place.environment({}), capture_output=True, text=True, check=True)
+        versions.append(done.stdout.strip())
+        logits.append(torch.load(saved))
+    assert versions[0] != versions[1]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
 def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> None:

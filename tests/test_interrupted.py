@@ -20,22 +20,33 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, RunFileMaker, count, cptain, cptain_process, leftovers
+from conftest import PROJECT, RunFileMaker, as_if_trained, count, cptain, cptain_process, leftovers
 from cptain.atomic import atomic_folder
 from cptain.checkpoint.convert import convert
 from cptain.checkpoint.export import export
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
-from cptain.checkpoint.torch_dist import TorchDistReader, write_tracker
+from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.verify import tensors
 from cptain.errors import CptainError
 from cptain.run_file import RunFile, load_run
 
-KILLS = 100
+KILLS = {"convert": 100, "convert in parts": 50, "export": 100}
 
 
 def target(run: RunFile, stage: str) -> Path:
     """The folder that a stage makes."""
-    return run.megatron_folder / "release" if stage == "convert" else run.hf_folder / "iter_0000001"
+    return run.hf_folder / "iter_0000001" if stage == "export" else run.megatron_folder / "release"
+
+
+def once(run: RunFile, stage: str, force: bool = True) -> None:
+    """Do a stage in two threads."""
+    if stage == "export":
+        export(run, 1, 2, force)
+    elif stage == "convert":
+        convert(run, 2, force)
+    else:
+        for number in range(1, 5):
+            convert(run, 2, False, (number, 4))
 
 
 def digest(folder: Path) -> str:
@@ -68,30 +79,24 @@ def forked(work: Callable[[], Any]) -> int:
 
 def trials(file: Path, stage: str) -> None:
     """Kill a stage at random moments and judge what it leaves; run in a process of its own, which it forks."""
-    run, stages = (
-        load_run(file),
-        {
-            "convert": lambda run, force: convert(run, 2, force),
-            "export": lambda run, force: export(run, None, 2, force),
-        },
-    )
+    run = load_run(file)
     folder = target(run, stage)
-
-    def once(force: bool) -> None:
-        stages[stage](run, force=force)
 
     def seconds(force: bool) -> float:
         began = time.monotonic()
-        assert os.waitpid(forked(partial(once, force)), 0)[1] == 0, "a run that nobody killed failed"
+        assert os.waitpid(forked(partial(once, run, stage, force)), 0)[1] == 0, "a run that nobody killed failed"
         return time.monotonic() - began
 
-    durations = [seconds(force=True) for _ in range(5)]
+    durations = []
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        durations.append(seconds(force=True))
     expected, dice = digest(folder), random.Random(0)
     killed = whole = 0
-    while killed < KILLS:
-        if dice.random() < 0.5:
+    while killed < KILLS[stage]:
+        if stage == "convert in parts" or dice.random() < 0.5:
             shutil.rmtree(folder)
-        process = forked(partial(once, True))
+        process = forked(partial(once, run, stage))
         time.sleep(dice.random() * statistics.median(durations[-9:]))
         os.kill(process, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(process, 0)[1]):
@@ -112,17 +117,12 @@ def trials(file: Path, stage: str) -> None:
 def together(file: Path, stage: str) -> None:
     """Run a stage in four processes at once, many times; the folder must be whole after each."""
     run, folder = load_run(file), target(load_run(file), stage)
-    work = (
-        (lambda run, force: convert(run, 2, force))
-        if stage == "convert"
-        else lambda run, force: export(run, None, 2, force)
-    )
-    work(run, force=True)
+    once(run, stage)
     expected = digest(folder)
     for number in range(10):
         if number % 2:
             shutil.rmtree(folder)
-        processes = [forked(lambda: work(run, force=True)) for _ in range(4)]
+        processes = [forked(partial(once, run, stage)) for _ in range(4)]
         assert [os.waitpid(process, 0)[1] for process in processes] == [0] * 4, f"round {number}"
         assert digest(folder) == expected
         assert leftovers(run.folder) == []
@@ -153,27 +153,20 @@ gc.freeze()
 @pytest.fixture
 def file(make_run: RunFileMaker, request: pytest.FixtureRequest) -> Path:
     """A run file whose convert, or whose export of iteration 1, can begin."""
-    if request.node.callspec.params["stage"] == "convert":
-        return make_run()
-    return trained(make_run())
-
-
-def trained(file: Path) -> Path:
-    """Convert, and put the checkpoint where training would have saved iteration 1."""
-    assert cptain("convert", file).exit_code == 0
-    run = load_run(file)
-    shutil.copytree(run.megatron_folder / "release", run.checkpoints_folder / "iter_0000001")
-    write_tracker(run.checkpoints_folder, 1)
+    file = make_run()
+    if request.node.callspec.params["stage"] == "export":
+        assert cptain("convert", file).exit_code == 0
+        as_if_trained(file)
     return file
 
 
-@pytest.mark.parametrize("stage", ["convert", "export"])
+@pytest.mark.parametrize("stage", KILLS)
 def test_killed_at_any_moment_it_leaves_a_whole_checkpoint_or_none_and_the_next_run_cleans_up(
     file: Path, stage: str
 ) -> None:
     result = in_a_process("trials", file, stage)
     count(f"{stage} killed at random moments", result["killed"])
-    assert 0 < result["whole"] < KILLS
+    assert 0 < result["whole"] < KILLS[stage]
 
 
 @pytest.mark.parametrize("stage", ["convert", "export"])

@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it: `cptain --help` answers at 
 """
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -189,6 +190,8 @@ def convert(
     run: Path, overrides: tuple[str, ...], workers: int | None, shard: tuple[int, int] | None, force: bool
 ) -> None:
     """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
+    if shard and force:
+        raise click.UsageError("--force goes without --shard: remove the checkpoint, and convert its parts again.")
     loaded = _load(run, overrides)
     if shard is None or shard[0] == 1:
         _begin("convert", loaded)
@@ -222,16 +225,28 @@ def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc
 
 
 class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """A number, "latest" or "final"."""
+    """A number, or one of the words."""
 
-    name = "N|latest|final"
+    name = "N|latest|final|all"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if value in ("latest", "final"):
+        if value in ("latest", "final", "all"):
             return str(value)
         if isinstance(value, int) or (value.isascii() and value.isdigit() and int(value) > 0):
             return int(value)
-        self.fail(f'{value!r}: allowed: a number, "latest", or "final"', param, context)
+        self.fail(f'{value!r}: allowed: a number, "latest", "final" or "all"', param, context)
+
+
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 5GB, in decimal units."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
+        if match and (size := round(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2]])):
+            return size
+        self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
 
 
 @main.command()
@@ -241,19 +256,38 @@ class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic befo
     type=_Iteration(),
     default="latest",
     show_default=True,
-    help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far.",
+    help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far; "
+    "all: every complete one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of the weights.  [default: as they were trained]",
+)
+@click.option(
+    "--shard-size", type=_Bytes(), default="5GB", show_default=True, help="No file of weights grows over this."
 )
 @_workers_option
 @_force_option("Export")
-def export(run: Path, overrides: tuple[str, ...], iteration: int | str, workers: int | None, force: bool) -> None:
+def export(
+    run: Path,
+    overrides: tuple[str, ...],
+    iteration: int | str,
+    dtype: str | None,
+    shard_size: int,
+    workers: int | None,
+    force: bool,
+) -> None:
     """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
     loaded = _begin("export", _load(run, overrides))
-    from cptain.checkpoint.export import export as export_model
-    from cptain.checkpoint.export import final_iteration
+    import torch
 
-    if iteration == "final":
-        iteration = final_iteration(loaded)
-    export_model(loaded, None if iteration == "latest" else int(iteration), _threads(workers), force)
+    from cptain.checkpoint.export import export as export_model
+    from cptain.checkpoint.export import iterations
+
+    weights = getattr(torch, dtype) if dtype else None
+    for one in iterations(loaded, iteration):
+        export_model(loaded, one, _threads(workers), force, weights, shard_size)
 
 
 @main.command()

@@ -50,16 +50,18 @@ def write_provenance(run: RunFile, stage: str) -> None:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = {}
+    versions = _versions()
     content[stage] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "cptain": __version__,
         "git_commit": _git_commit(),
         "image": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
+        "megatron": versions.get("megatron-core") or image.label("cptain.megatron.version"),
         "megatron_commit": image.label("cptain.megatron.commit"),
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions,
     }
     atomic.write_json(file, content)

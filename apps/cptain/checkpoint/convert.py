@@ -186,7 +186,7 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
     Args:
         run: the run.
         workers: threads.
-        force: convert again.
+        force: convert again, in one part.
         part: (I, N) writes the I-th of N parts of the checkpoint; the last to end completes it.
 
     Returns:
@@ -203,6 +203,7 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
         source = _source(folder, reader)
         remove_stale_partials(root)
         if not force and _is_done(root, source):
+            remove_parts(release, finished=True)
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
             return root
         began = time.monotonic()

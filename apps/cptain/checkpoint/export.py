@@ -1,8 +1,9 @@
 """export: a checkpoint that training wrote → <run>/hf/iter_NNNNNNN, a Hugging Face model, streamed on the CPU in one
 step.
 
-Config, tokenizer and generation config are those of the model that the run began with; Megatron's vocabulary padding is
-cut off. The weights keep the dtype they were trained in, and config.json says which.
+Config, tokenizer, chat template and generation config are those of the model that the run began with; Megatron's
+vocabulary padding is cut off. The weights keep the dtype they were trained in unless another is asked for, and
+config.json says which, in the words of transformers 4 and of 5.
 """
 
 import json
@@ -13,13 +14,15 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cptain.architecture import Architecture, model_folder, read_architecture, read_config
 from cptain.atomic import atomic_folder, remove_stale_partials
-from cptain.checkpoint.legacy import LegacyReader, open_megatron
+from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Rule, Shape, model_order, rules
+from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.rows import Run, row_runs, runs_of_part
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.streaming import Fill, write_files
@@ -38,17 +41,17 @@ _LEFT_BEHIND = (
     ".bin.index.json",
     ".pth",
     ".gguf",
-    ".md",
     ".gitattributes",
+    MODEL_CARD,
 )
+SHARD_BYTES = 5 * 10**9  # as transformers has it
 
 
 def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
     """Refuse a checkpoint whose tensors are not those of the architecture, before anything is written.
 
     Raises:
-        CptainError: a tensor missing, unknown, or of another shape; fewer rows than the vocabulary; more than one
-        dtype.
+        CptainError: a tensor missing, unknown, or of another shape; fewer rows than the vocabulary.
     """
     keys = set(reader.names())
     for rule in rules(architecture):
@@ -63,8 +66,6 @@ def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Archi
     unknown = sorted(keys - {rule.key for rule in rules(architecture)} - {"output_layer.weight"})
     if unknown:
         raise CptainError(f"{reader.folder}: {unknown[0]}: a tensor that the Hugging Face model has no place for")
-    if len(dtypes := {reader.dtype(rule.key) for rule in rules(architecture)}) != 1:
-        raise CptainError(f"{reader.folder}: its tensors have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
 def fill_from_megatron(
@@ -86,34 +87,84 @@ def fill_from_megatron(
     return fill
 
 
-def hf_tensors(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> Iterator[tuple[str, Shape, Fill]]:
-    """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, and rows."""
+def hf_tensors(
+    reader: TorchDistReader | LegacyReader, architecture: Architecture
+) -> Iterator[tuple[str, Shape, torch.dtype, Fill]]:
+    """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, dtypes, rows."""
     runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
     for rule, layer in model_order(architecture):
-        itemsize = reader.dtype(rule.key).itemsize
+        dtype = reader.dtype(rule.key)
         for part, (name, shape) in enumerate(zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)):
-            row_bytes = prod(shape[1:]) * itemsize
-            yield name, shape, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)
+            row_bytes = prod(shape[1:]) * dtype.itemsize
+            yield name, shape, dtype, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)
 
 
-def _carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy everything but weights, and set the dtype in config.json."""
+def _rounded(name: str, fill: Fill, before: torch.dtype, after: torch.dtype) -> Fill:
+    """Rows of a tensor in another dtype."""
+
+    def converted(first: int, stop: int, buffer: torch.Tensor) -> None:
+        target = buffer.view(after)
+        values = torch.empty(len(target) * before.itemsize, dtype=torch.uint8)
+        fill(first, stop, values)
+        target.copy_(values.view(before))
+        if after == torch.float16 and not (target.isfinite() | ~values.view(before).isfinite()).all():
+            raise CptainError(f"export: {name}: has values that float16 cannot hold: use --dtype bfloat16 or float32")
+
+    return fill if before == after else converted
+
+
+def _config_json(base: Path, dtype: torch.dtype) -> str:
+    """The model's config.json, with the dtype and the rotation in the words of transformers 4 and of 5: either would
+    take its default, without a word, for a key that only the other has."""
+    config = read_config(base)
+    config["torch_dtype"] = config["dtype"] = str(dtype).removeprefix("torch.")
+    rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = config.get("rope_theta") or rope.pop("rope_theta", 10000.0)
+    rope.pop("rope_theta", None)
+    config["rope_theta"] = theta
+    config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **rope}
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _carry_over(source: Path, target: Path) -> None:
+    """Copy everything but weights and what is about the base model alone."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(_LEFT_BEHIND):
             shutil.copyfile(file, target / file.name)
-    config = read_config(source)
-    for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
-        if key in config:
-            config[key] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def final_iteration(run: RunFile) -> int:
-    """The last step that the run file asks for.
+def iterations(run: RunFile, which: int | str) -> list[int | None]:
+    """The iterations that `--iteration` means; None is a release.
+
+    Args:
+        run: the run.
+        which: a number; "latest", the last that is complete; "final", the last step that the run file asks for, and
+            nothing before training has come so far; "all", every one that is complete.
 
     Raises:
-        CptainError: training has not come so far.
+        CptainError: there is none.
     """
+    root = run.checkpoints_folder
+    if which == "latest":
+        return [read_tracker(root)]
+    if which == "final":
+        return [_final_iteration(run)]
+    if which != "all":
+        return [int(which)]
+    found: list[int | None] = []
+    for folder in sorted(root.glob("iter_*")):
+        if (folder / "metadata.json").is_file() or is_legacy(folder):
+            found.append(int(folder.name.removeprefix("iter_")))
+        else:
+            print(f"export: {folder}: incomplete, left out", file=sys.stderr)
+    if not found:
+        raise CptainError(f"{root}: no complete checkpoint in it")
+    return found
+
+
+def _final_iteration(run: RunFile) -> int:
     steps = train_steps(run, read_manifest(run.data_folder, run.data.input))
     saved = read_tracker(run.checkpoints_folder)
     if saved != steps:
@@ -124,14 +175,23 @@ def final_iteration(run: RunFile) -> int:
     return steps
 
 
-def export(run: RunFile, iteration: int | None = None, workers: int = 1, force: bool = False) -> Path:
+def export(
+    run: RunFile,
+    iteration: int | None,
+    workers: int = 1,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     """Export an iteration of the run, unless that is done.
 
     Args:
         run: the run.
-        iteration: which; None is the latest that training saved.
+        iteration: which; None is a release.
         workers: threads.
         force: export again.
+        dtype: of the weights; None leaves them as they were trained.
+        shard_bytes: no file of weights grows over this, unless by a single tensor.
 
     Returns:
         The Hugging Face model's folder.
@@ -141,8 +201,6 @@ def export(run: RunFile, iteration: int | None = None, workers: int = 1, force: 
     """
     base = model_folder(run.model.hf)
     architecture = read_architecture(base)
-    if iteration is None:
-        iteration = read_tracker(run.checkpoints_folder)
     source = iteration_folder(run.checkpoints_folder, iteration)
     if not source.is_dir():
         saved = ", ".join(sorted(path.name for path in run.checkpoints_folder.glob("iter_*"))) or "none"
@@ -151,15 +209,36 @@ def export(run: RunFile, iteration: int | None = None, workers: int = 1, force: 
     with open_megatron(source) as reader:
         check_checkpoint(reader, architecture)
         remove_stale_partials(target.parent)
-        if not force and target.exists() and target.stat().st_mtime_ns > reader.saved_at:
+        found = {reader.dtype(rule.key) for rule in rules(architecture)}
+        if dtype is None and len(found) > 1:
+            names = ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
+            raise CptainError(f"{source}: its tensors are {names}: choose one with --dtype")
+        dtype = dtype or found.pop()
+        tensors = hf_tensors(reader, architecture)
+        writer = SafetensorsWriter(
+            [(name, shape, _rounded(name, fill, before, dtype)) for name, shape, before, fill in tensors],
+            dtype,
+            shard_bytes,
+        )
+        config = _config_json(base, dtype)
+        if not force and _is_done(target, reader.saved_at, writer, config):
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return target
         began = time.monotonic()
-        dtype = reader.dtype(rules(architecture)[0].key)
-        writer = SafetensorsWriter(hf_tensors(reader, architecture), dtype)
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
             writer.finish(partial)
-            _carry_over(base, partial, dtype)
+            _carry_over(base, partial)
+            (partial / "config.json").write_text(config, encoding="utf-8")
+            (partial / MODEL_CARD).write_text(model_card(run, base, iteration), encoding="utf-8")
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return target
+
+
+def _is_done(target: Path, saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
+    """Whether what would be written is there, and newer than the checkpoint."""
+    try:
+        unchanged = (target / "config.json").read_text(encoding="utf-8") == config
+        return unchanged and target.stat().st_mtime_ns > saved_at and writer.is_written(target)
+    except OSError:
+        return False

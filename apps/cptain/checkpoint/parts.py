@@ -26,10 +26,12 @@ def share(files: list[FilePlan], number: int, count: int) -> list[FilePlan]:
     return mine
 
 
-def remove_parts(final: Path) -> None:
-    """Remove what other works or finishers that were killed have left of the folder `final`, which is done."""
+def remove_parts(final: Path, finished: bool = False) -> None:
+    """Remove what is left of parts beside the folder `final`, which is done; where `finished`, only of those that
+    became it or an earlier one."""
     for folder in final.parent.glob(f".{final.name}.parts-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if not finished or not (folder / final.name).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class SharedFolder:
@@ -73,11 +75,10 @@ class SharedFolder:
         Raises:
             CptainError: another process is at the same part.
         """
-        with lock(
-            self._parts / f"{self._number}.lock", f"part {self._number} of {self._count} of {self._final}"
-        ) as beat:
+        name = f"part {self._number} of {self._count} of {self._final}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self._parts / f"{self._number}.lock", name) as beat:
             self._mark(self._number).unlink(missing_ok=True)
-            self.folder.mkdir(exist_ok=True)
             yield beat
             atomic.write_text(self._mark(self._number), "")
 

@@ -6,6 +6,7 @@ the tensor in hand. Nothing a header says is believed before it is checked again
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -157,14 +158,14 @@ class SafetensorsWriter:
     Args:
         tensors: names, shapes, and where their rows come from.
         dtype: of all of them.
-        shard_bytes: a shard is closed before it grows over this; 5 GB is what transformers itself uses.
+        shard_bytes: a shard is closed before it grows over this.
     """
 
     def __init__(
         self,
         tensors: Iterable[tuple[str, tuple[int, ...], Fill]],
         dtype: torch.dtype,
-        shard_bytes: int = 5 * 10**9,
+        shard_bytes: int,
     ) -> None:
         shards: list[list[tuple[str, tuple[int, ...], Fill]]] = [[]]
         self.bytes = filled = 0
@@ -183,10 +184,26 @@ class SafetensorsWriter:
             self._weight_map |= {name: file for name, _, _ in members}
             self.files.append(_plan_shard(file, members, dtype))
 
+    def is_written(self, folder: Path) -> bool:
+        """Whether `folder` has these shards, as far as their headers and sizes say, and their index.
+
+        Raises:
+            OSError: a file that is not there.
+        """
+        for plan in self.files:
+            ((_, header),) = plan.pieces
+            with open(folder / plan.name, "rb") as raw:
+                if os.fstat(raw.fileno()).st_size != plan.bytes or raw.read(len(header)) != header:
+                    return False
+        return (folder / INDEX).read_text(encoding="utf-8") == self._index()
+
     def finish(self, folder: Path) -> None:
         """Write the index, for a single shard too: a loader then finds one layout, not two."""
+        (folder / INDEX).write_text(self._index(), encoding="utf-8")
+
+    def _index(self) -> str:
         index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return json.dumps(index, indent=2) + "\n"
 
 
 def _plan_shard(file: str, members: list[tuple[str, tuple[int, ...], Fill]], dtype: torch.dtype) -> FilePlan:

@@ -23,7 +23,7 @@ from cptain import __version__, atomic
 from cptain.architecture import Architecture, read_architecture, read_config
 from cptain.checkpoint.export import check_checkpoint, hf_tensors
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
-from cptain.checkpoint.mapping import Shape, rules
+from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Buffers, Fill, in_threads
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
@@ -77,8 +77,9 @@ def tensors(
     if architecture is None or isinstance(reader, SafetensorsReader):
         return {name: _rows_of(reader, name) for name in reader.names()}
     check_checkpoint(reader, architecture)
-    dtype = reader.dtype(rules(architecture)[0].key)
-    return {name: _Tensor(shape, dtype, shape[0], fill) for name, shape, fill in hf_tensors(reader, architecture)}
+    return {
+        name: _Tensor(shape, dtype, shape[0], fill) for name, shape, dtype, fill in hf_tensors(reader, architecture)
+    }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""export: which checkpoints, in which dtype and files, and what stands beside the weights."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RunFileMaker, as_if_trained, cptain
+from cptain.architecture import read_architecture
+from cptain.run_file import load_run
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def file(make_ready_run: RunFileMaker) -> Path:
+    """A run file whose checkpoints are those of steps 1, 2 and 30, and a broken one of step 3."""
+    file = make_ready_run()
+    as_if_trained(file, 1, 2, 3, 30)
+    (load_run(file).checkpoints_folder / "iter_0000003" / "metadata.json").unlink()
+    return file
+
+
+def exported(file: Path) -> list[str]:
+    return sorted(path.name for path in load_run(file).hf_folder.iterdir())
+
+
+def export(file: Path, *options: object) -> Path:
+    """Export step 1, and give its folder."""
+    result = cptain("export", file, "--iteration", 1, *options)
+    assert result.exit_code == 0, result.output
+    return load_run(file).hf_folder / "iter_0000001"
+
+
+def test_all_exports_every_complete_checkpoint_and_names_the_others(file: Path) -> None:
+    result = cptain("export", file, "--iteration", "all")
+    assert result.exit_code == 0
+    assert exported(file) == ["iter_0000001", "iter_0000002", "iter_0000030"]
+    assert f"{load_run(file).checkpoints_folder / 'iter_0000003'}: incomplete, left out" in result.output
+    again = cptain("export", file, "--iteration", "all")
+    assert again.output.count("is done and the checkpoint unchanged") == 3
+
+
+def test_all_of_nothing_is_one_line(make_run: RunFileMaker) -> None:
+    file = make_run()
+    result = cptain("export", file, "--iteration", "all")
+    assert result.exit_code == 1
+    assert result.output == f"cptain: {load_run(file).checkpoints_folder}: no complete checkpoint in it\n"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_are_rounded_as_torch_rounds_them_and_config_json_says_to_what(
+    file: Path, model: Path, dtype: str
+) -> None:
+    folder = export(file, "--dtype", dtype)
+    before, after = load_file(model / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].to(getattr(torch, dtype)), after[name]) for name in before)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+
+
+def test_a_value_that_float16_cannot_hold_is_refused_by_name(file: Path, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, other / "model.safetensors")
+    options = ("--set", f"model.hf='{other}'", "--set", f"model.megatron='{tmp_path}/megatron'")
+    assert cptain("convert", file, *options).exit_code == 0
+    shutil.rmtree(load_run(file).checkpoints_folder / "iter_0000001")
+    shutil.copytree(tmp_path / "megatron" / "release", load_run(file).checkpoints_folder / "iter_0000001")
+    result = cptain("export", file, "--iteration", 1, "--dtype", "float16", *options)
+    assert result.exit_code == 1
+    assert "model.norm.weight: has values that float16 cannot hold" in result.output
+    assert exported(file) == []
+    assert cptain("export", file, "--iteration", 1, "--dtype", "bfloat16", *options).exit_code == 0
+
+
+def test_files_of_weights_have_the_size_asked_for_and_a_loader_finds_each_tensor_by_the_index(file: Path) -> None:
+    folder = export(file, "--shard-size", "0.2MB")
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) > 2
+    assert {path.name for path in folder.glob("*.safetensors")} == set(weight_map.values())
+    for shard in set(weight_map.values()):
+        with safe_open(folder / shard, "pt") as opened:
+            assert {name for name, where in weight_map.items() if where == shard} == set(opened.keys())
+    assert cptain("verify", folder, load_run(file).checkpoints_folder / "iter_0000001").exit_code == 0
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5XB", "5 000MB"])
+def test_a_size_that_makes_no_sense_is_bad_usage(file: Path, size: str) -> None:
+    result = cptain("export", file, "--shard-size", size)
+    assert result.exit_code == 2
+    assert "allowed: a number with MB, GB or TB, such as 5GB" in result.output
+
+
+def test_other_options_or_a_damaged_export_are_exported_again(file: Path) -> None:
+    def says(*options: object) -> bool:
+        result = cptain("export", file, "--iteration", 1, *options)
+        assert result.exit_code == 0
+        return "is done and the checkpoint unchanged" in result.output
+
+    assert not says()
+    assert says()
+    assert not says("--dtype", "bfloat16")
+    assert not says("--dtype", "float16")  # as large as bfloat16
+    assert says("--dtype", "float16")
+    assert not says("--shard-size", "0.2MB")
+    assert says("--shard-size", "0.2MB")
+    folder = load_run(file).hf_folder / "iter_0000001"
+    next(folder.glob("model-00002*")).unlink()
+    assert not says("--shard-size", "0.2MB")
+    (folder / "config.json").write_text("{}")
+    assert not says("--shard-size", "0.2MB")
+    assert cptain("verify", folder, load_run(file).checkpoints_folder / "iter_0000001").exit_code == 0
+
+
+@pytest.mark.parametrize("words", [4, 5])
+def test_config_json_says_the_rotation_and_the_dtype_in_the_words_of_both_versions_of_transformers(
+    file: Path, model: Path, tmp_path: Path, words: int
+) -> None:
+    from transformers import AutoConfig
+
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    rotation = (
+        {"rope_theta": theta, "rope_scaling": rope}
+        if words == 4
+        else {"rope_parameters": {**rope, "rope_theta": theta}}
+    )
+    (base / "config.json").write_text(json.dumps({**config, **rotation}))
+    folder = export(file, "--set", f"model.hf='{base}'")
+    written = json.loads((folder / "config.json").read_text())
+    assert theta == 500000.0
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == theta
+    assert written["rope_scaling"] == rope
+    assert written["rope_parameters"] == {**rope, "rope_theta": theta}
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    assert read_architecture(folder) == read_architecture(model)
+    assert AutoConfig.from_pretrained(folder).rope_parameters == AutoConfig.from_pretrained(model).rope_parameters
+
+
+def test_the_model_card_says_what_the_model_was_made_from_and_how(trained_run: Path) -> None:
+    assert cptain("export", trained_run).exit_code == 0
+    folder = load_run(trained_run).hf_folder / "iter_0000008"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert "base_model" not in card.data.to_dict()
+    assert "/" not in card.text  # no path of this machine
+    for row in (
+        "| architecture | LlamaForCausalLM |",
+        "| steps | 8 of 8 |",
+        "| tokens seen | 4.1k (4,096) |",
+        "| global batch size | 8 sequences |",
+        "| learning rate | 0.001, cosine to 0.0001, 1 steps of warm-up |",
+        f"| software | Megatron-LM {version('megatron-core')}, cptain {version('cptain')}, torch {version('torch')}, ",
+    ):
+        assert row in card.text, card.text
+    assert card.text.strip().startswith(
+        "# run\n\nmodel after continual pre-training with Megatron-LM: the checkpoint of step 8"
+    )
+
+
+def test_the_model_card_names_the_base_on_the_hub_and_keeps_its_licence(
+    file: Path, model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "hub" / "models--an-owner--A-Model-8B" / "snapshots" / "0123"
+    shutil.copytree(model, base)
+    (base / "README.md").write_text("---\nlicense: llama3.1\nlanguage: [ja, en]\nwidget: [x]\n---\nThe base.")
+    for name in ("LICENSE", "USE_POLICY.md", "chat_template.jinja"):
+        (base / name).write_text(name)
+    folder = export(file, "--set", f"model.hf='{base}'", "--set", "train.megatron_args=['--x', '/secret/path']")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "an-owner/A-Model-8B"
+    assert card.data.license == "llama3.1"
+    assert card.data.language == ["ja", "en"]
+    assert "widget" not in card.data.to_dict()
+    assert "The base." not in card.text
+    assert "/secret" not in card.text
+    assert "| other Megatron arguments | `--x` `…` |" in card.text
+    for name in ("LICENSE", "USE_POLICY.md", "chat_template.jinja"):
+        assert (folder / name).read_text() == name
+
+
+def test_a_card_of_the_base_that_cannot_be_read_is_no_obstacle(file: Path, model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    (base / "README.md").write_bytes(b"---\n\xff: [\n---\n")
+    assert "license" not in ModelCard.load(export(file, "--set", f"model.hf='{base}'") / "README.md").data.to_dict()
