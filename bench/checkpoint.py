@@ -1,11 +1,17 @@
 """convert, export and verify against `cp -r` and fsync of the same bytes: wall seconds and peak memory.
 
-    make bench BENCH='checkpoint --gigabytes 3'
+    make bench BENCH='checkpoint --gigabytes 3 --peer fork=/path/to/Megatron-LM,/path/to/python'
 
 The model is a random Llama of Llama-3.1-8B's width with as many layers as fill --gigabytes, in bf16. Each repeat runs
 cp and the stages in turn, and ratios are taken within a repeat, so that a busy disk disturbs both alike; the medians
-are shown. The page cache is as the runs before leave it, for cp as for the rest. Peak memory is the process tree's
-resident set, sampled; for cptain what `import torch` takes is shown apart.
+are shown. The page cache is as the runs before leave it, for cp as for the rest. Peak memory is the sum over the
+process tree, sampled, with a page that several processes share counted once; for cptain what `import torch` takes is
+shown apart.
+
+A peer is a tree of Megatron-LM that still has a Hugging Face loader for tools/checkpoint/convert.py, or one of Megatron
+Bridge with its submodule, and a Python with what it imports. Both run on the CPU, without Transformer Engine, where
+cptain's own `training/cpu.py` answers for CUDA. A peer need not flush what it writes; that is done untimed, and before
+the next command. `same values` is what `cptain verify` says of the model and of what was written.
 """
 
 import argparse
@@ -35,6 +41,49 @@ LAYER = {
     "input_layernorm": (HIDDEN,),
     "post_attention_layernorm": (HIDDEN,),
 }
+# convert.py asks for Transformer Engine's version even where it builds layers without it, and gives Megatron arguments
+# of its own, to which these are added.
+MEGATRON_LM = """
+import importlib.metadata, runpy, sys
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "2" if name == "transformer-engine" else version(name)
+from cptain.training.megatron_import import before_import, import_megatron
+before_import(cpu=True)
+import_megatron(cpu=True)
+from megatron.training import arguments
+parse_args = arguments.parse_args
+def parse_args_for_cpu():
+    sys.argv += ["--no-rope-fusion", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"]
+    return parse_args()
+arguments.parse_args = parse_args_for_cpu
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Megatron Bridge imports two packages that it does not call here; megatron.core must not find them.
+BRIDGE = """
+import sys
+from unittest.mock import MagicMock
+from cptain.training.megatron_import import before_import
+before_import(cpu=True)
+import megatron.core.models.gpt.gpt_layer_specs, modelopt.torch
+for package, module in (("transformer_engine", "pytorch"), ("nvidia_resiliency_ext", "inprocess")):
+    for name in (package, f"{package}.{module}"):
+        sys.modules[name] = MagicMock(__path__=[], __spec__=None, __version__="2")
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.gpt_provider import local_layer_spec
+to_megatron_provider = AutoBridge.to_megatron_provider
+def to_cpu_provider(*args, **kwargs):
+    provider = to_megatron_provider(*args, **kwargs)
+    provider.transformer_layer_spec = local_layer_spec
+    provider.apply_rope_fusion = provider.gradient_accumulation_fusion = provider.persist_layer_norm = False
+    return provider
+AutoBridge.to_megatron_provider = to_cpu_provider
+call, model, checkpoint, exported = sys.argv[1:]
+if call == "import_ckpt":
+    AutoBridge.import_ckpt(model, checkpoint)
+else:
+    AutoBridge.from_hf_pretrained(model).export_ckpt(checkpoint, exported)
+"""
 
 
 def model(folder: Path, gigabytes: float) -> int:
@@ -42,7 +91,7 @@ def model(folder: Path, gigabytes: float) -> int:
     ends = 2 * 2 * VOCABULARY * HIDDEN + 2 * HIDDEN
     layer_bytes = sum(2 * int(np.prod(shape)) for shape in LAYER.values())
     layers = max(1, round((gigabytes * 1e9 - ends) / layer_bytes))
-    if not (folder / "config.json").exists():
+    if not (folder / "tokenizer.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         random = np.random.default_rng(0)
@@ -62,7 +111,9 @@ def model(folder: Path, gigabytes: float) -> int:
             file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
             save_bf16({name: values(shape) for name, shape in part.items()}, folder / file)
             weight_map |= dict.fromkeys(part, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -73,12 +124,19 @@ def model(folder: Path, gigabytes: float) -> int:
             "num_key_value_heads": 8,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
+            "rope_scaling": None,
             "max_position_embeddings": 8192,
             "vocab_size": VOCABULARY,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
         }
         (folder / "config.json").write_text(json.dumps(config))
+        # Peers take the size of the vocabulary from the tokenizer.
+        words = {str(number): number for number in range(VOCABULARY)}
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        (folder / "tokenizer.json").write_text(
+            json.dumps({"added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"}})
+        )
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -97,15 +155,16 @@ def save_bf16(tensors: dict[str, np.ndarray], file: Path) -> None:
 
 
 def resident(process: int) -> int:
-    """Bytes resident in a process and all its descendants."""
+    """Bytes resident in a process and all its descendants: the kernel's proportional set size, summed."""
     total, waiting = 0, [process]
     while waiting:
         one = waiting.pop()
         try:
-            total += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            total += next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
             for task in Path(f"/proc/{one}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, StopIteration):  # it has ended
             continue
     return total
 
@@ -118,8 +177,11 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
 
         def watch() -> None:
             nonlocal peak
-            while not ended.wait(0.02):
+            pause = 0.02
+            while not ended.wait(pause):
+                asked = time.monotonic()
                 peak = max(peak, resident(process.pid))
+                pause = max(0.02, 4 * (time.monotonic() - asked))  # the kernel walks every page
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -138,9 +200,61 @@ def copy(source: Path, target: Path, log: Path) -> tuple[float, int]:
     return run(["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", str(source), str(target)], log)
 
 
+def revision(tree: Path) -> str:
+    """The commit of a tree, if it is one."""
+    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "?"
+
+
+def peer(described: str, source: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
+    """What a peer converts with and what it exports with: each a row's name, a command and what that writes.
+
+    Args:
+        described: NAME=TREE[,PYTHON].
+        source: the model.
+        folder: where it writes.
+    """
+    name, _, rest = described.partition("=")
+    path, _, python = rest.partition(",")
+    tree, megatron, exported = Path(path).resolve(), folder / name / "megatron", folder / name / "hf"
+    paths, tools = [Path(__file__).resolve().parent.parent / "apps"], tree / "tools" / "checkpoint"
+    if (tree / "src" / "megatron" / "bridge").is_dir():
+        paths += [tree / "src", tree / "3rdparty" / "Megatron-LM"]
+        calls = {
+            f"AutoBridge.{call}": ["-c", BRIDGE, call, str(source), str(megatron), str(exported)]
+            for call in ("import_ckpt", "export_ckpt")
+        }
+    elif (tools / "loader_llama_mistral.py").exists():
+        paths += [tree, tools]
+        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+        options = {
+            "convert.py": f"--loader llama_mistral --model-size llama3 --checkpoint-type hf --bf16 "
+            f"--load-dir {source} --tokenizer-model {source} --saver mcore --saver-transformer-impl local "
+            f"--save-dir {megatron} --target-pipeline-parallel-size {2 - layers % 2}",
+            "convert.py, back": f"--loader core --loader-transformer-impl local --load-dir {megatron} "
+            f"--saver llama3_hf --save-dir {exported} --hf-tokenizer-path {source}",
+        }
+        command = ["-c", MEGATRON_LM, str(tools / "convert.py"), "--model-type", "GPT"]
+        calls = {call: [*command, *more.split()] for call, more in options.items()}
+    else:
+        sys.exit(f"{tree}: neither Megatron Bridge nor a Megatron-LM with tools/checkpoint/loader_llama_mistral.py")
+    start = ["env", f"PYTHONPATH={os.pathsep.join(map(str, paths))}", "CUDA_VISIBLE_DEVICES=", python or sys.executable]
+    return [
+        (f"{call}, {name} ({revision(tree)})", [*start, *command], written)
+        for (call, command), written in zip(calls.items(), (megatron, exported), strict=True)
+    ]
+
+
 def main() -> None:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=TREE[,PYTHON]",
+        help="a tree of Megatron-LM or of Megatron Bridge",
+    )
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=3)
@@ -156,10 +270,12 @@ def main() -> None:
     cptain, root = [sys.executable, "-m", "cptain"], work / "bench"
     converted, workers = root / "megatron" / "release", ["--workers", str(arguments.workers)]
     exported = root / "hf" / "iter_0000001"
+    peers = [peer(one, source, work / "peers") for one in arguments.peer]
     torch_alone = run([sys.executable, "-c", "import torch"], log)[1]
     walls: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
+    same: dict[str, bool] = {}
     for _ in range(arguments.repeat):
         shutil.rmtree(work, ignore_errors=True)
 
@@ -170,10 +286,20 @@ def main() -> None:
             peaks[name] = max(peaks.get(name, 0), peak)
             return wall
 
+        def measure_peers(step: int, against: float) -> None:
+            for name, command, written in (ways[step] for ways in peers):
+                measure(name, run(command, log), against)
+                os.sync()
+                verify = subprocess.run([*cptain, "verify", str(source), str(written)], capture_output=True, text=True)
+                if verify.returncode:
+                    print(f"{name}: {verify.stderr}", file=sys.stderr)
+                same[name] = same.get(name, True) and not verify.returncode
+
         plain = measure("cp -r of the model, fsync", copy(source, folder / "copy", log), None)
         shutil.rmtree(folder / "copy")
         command = [*cptain, "convert", str(folder / "run.toml"), *workers]
         measure("cptain convert", run(command, log), plain)
+        measure_peers(0, plain)
         plain = measure("cp -r of the checkpoint, fsync", copy(converted, folder / "copy", log), None)
         shutil.rmtree(folder / "copy")
         (root / "checkpoints").mkdir()
@@ -181,22 +307,25 @@ def main() -> None:
         (root / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
         command = [*cptain, "export", str(folder / "run.toml"), *workers]
         measure("cptain export", run(command, log), plain)
+        measure_peers(1, plain)
         measure("cptain verify", run([*cptain, "verify", str(source), str(exported), *workers], log), plain)
         command = [*cptain, "verify", str(exported), str(root / "checkpoints"), *workers]
         measure("cptain verify, both formats", run(command, log), plain)
+        same.update({"cptain convert": True, "cptain export": True})  # or verify would have failed
     shutil.rmtree(work, ignore_errors=True)
     print(
         f"{size / 1e9:.1f} GB; {platform.machine()}, {arguments.workers} workers, Python {platform.python_version()},"
     )
     print(f"torch {version('torch')}, whose import takes {torch_alone / 1e6:.0f} MB; median of {arguments.repeat}\n")
-    print("| | wall s | GB/s | times cp | peak MB | above import torch |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| | wall s | GB/s | times cp | peak MB | above import torch | same values |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, seconds in walls.items():
         wall, above = statistics.median(seconds), ""
         if name.startswith("cptain"):
             above = f"{(peaks[name] - torch_alone) / 1e6:.0f}"
         figures = [f"{wall:.1f}", f"{size / wall / 1e9:.2f}", f"{statistics.median(ratios[name]):.2f}"]
-        print(f"| {name} | {' | '.join(figures)} | {peaks[name] / 1e6:.0f} | {above} |")
+        figures += [f"{peaks[name] / 1e6:.0f}", above, {True: "yes", False: "NO", None: ""}[same.get(name)]]
+        print(f"| {name} | {' | '.join(figures)} |")
 
 
 if __name__ == "__main__":
