@@ -227,15 +227,17 @@ def peer(described: str, source: Path, folder: Path) -> list[tuple[str, list[str
     elif (tools / "loader_llama_mistral.py").exists():
         paths += [tree, tools]
         layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        options = {
-            "convert.py": f"--loader llama_mistral --model-size llama3 --checkpoint-type hf --bf16 "
-            f"--load-dir {source} --tokenizer-model {source} --saver mcore --saver-transformer-impl local "
-            f"--save-dir {megatron} --target-pipeline-parallel-size {2 - layers % 2}",
-            "convert.py, back": f"--loader core --loader-transformer-impl local --load-dir {megatron} "
-            f"--saver llama3_hf --save-dir {exported} --hf-tokenizer-path {source}",
-        }
         command = ["-c", MEGATRON_LM, str(tools / "convert.py"), "--model-type", "GPT"]
-        calls = {call: [*command, *more.split()] for call, more in options.items()}
+        there = "--loader llama_mistral --model-size llama3 --checkpoint-type hf --bf16 --saver mcore "
+        there += f"--saver-transformer-impl local --target-pipeline-parallel-size {2 - layers % 2} --tokenizer-model"
+        back = "--loader core --loader-transformer-impl local --saver llama3_hf --hf-tokenizer-path"
+        calls = {
+            call: [*command, *options.split(), str(source), "--load-dir", str(read), "--save-dir", str(written)]
+            for call, options, read, written in (
+                ("convert.py", there, source, megatron),
+                ("convert.py, back", back, megatron, exported),
+            )
+        }
     else:
         sys.exit(f"{tree}: neither Megatron Bridge nor a Megatron-LM with tools/checkpoint/loader_llama_mistral.py")
     start = ["env", f"PYTHONPATH={os.pathsep.join(map(str, paths))}", "CUDA_VISIBLE_DEVICES=", python or sys.executable]
