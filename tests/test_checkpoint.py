@@ -519,6 +519,37 @@ def test_export_takes_an_iteration_skips_what_is_done_and_redoes_a_newer_checkpo
     assert " → " in cptain("export", file).output
 
 
+def test_metadata_is_what_torch_s_own_classes_make_of_it(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    writer = TorchDistWriter(100)
+    for row in (0, 2):
+        writer.add_chunk("a.weight", (4, 3), (row, 0), (2, 3), torch.bfloat16, 2, rows_of(torch.zeros(2, 3)))
+    writer.add_object("a._extra_state", 0, 1, None)
+    writer.finish(tmp_path, {})
+    written = pickle.loads((tmp_path / ".metadata").read_bytes())
+    size, boxes = torch.Size([4, 3]), [(torch.Size([row, 0]), torch.Size([2, 3])) for row in (0, 2)]
+    chunks = [metadata.ChunkStorageMetadata(*box) for box in boxes]
+    properties = metadata.TensorProperties(dtype=torch.bfloat16)
+    expected = metadata.Metadata(
+        {
+            "a.weight": metadata.TensorStorageMetadata(properties, size, chunks),
+            "a._extra_state/shard_0_1": metadata.BytesStorageMetadata(),
+        }
+    )
+    expected.storage_data = {
+        index: filesystem._StorageInfo(place.relative_path, place.offset, place.length)
+        for index, place in written.storage_data.items()
+    }
+    assert written == expected
+    assert list(written.storage_data) == [
+        *(metadata.MetadataIndex("a.weight", offset) for offset, _ in boxes),
+        metadata.MetadataIndex("a._extra_state/shard_0_1"),
+    ]
+    assert vars(written) == vars(expected)
+    assert pickle.loads(pickle.dumps(written)) == expected
+
+
 def test_verify_shows_what_differs_and_exits_1(model: Path, ready_run: Path, make_model_run: Any) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] += 0.25

@@ -15,24 +15,24 @@ tensor must fill it exactly, and lie within their files.
 
 import io
 import json
-import pickle
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
+
+from cptain.atomic import write_text
+from cptain.checkpoint.dcp_metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageInfo,
     TensorProperties,
     TensorStorageMetadata,
+    dumps,
 )
-
-from cptain.atomic import write_text
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.streaming import FilePlan, Fill, Rows
@@ -95,7 +95,7 @@ class TorchDistWriter:
         self.files: list[FilePlan] = []
         self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
         self._tensors: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._places: dict[MetadataIndex, StorageInfo] = {}
 
     def add_chunk(
         self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
@@ -143,14 +143,14 @@ class TorchDistWriter:
             self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
         file = self.files[-1]
         begin, file.bytes = file.bytes, file.bytes + length
-        self._places[index] = _StorageInfo(file.name, begin, length)
+        self._places[index] = StorageInfo(file.name, begin, length)
         return file, begin
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write the metadata, `common` (plain values and an argparse.Namespace of them) and, last, metadata.json."""
         torch.save(common, folder / _COMMON_FILE)
         metadata = Metadata(state_dict_metadata=self._tensors, planner_data=None, storage_data=self._places)
-        (folder / _METADATA).write_bytes(pickle.dumps(metadata))
+        (folder / _METADATA).write_bytes(dumps(metadata))
         backend = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,
