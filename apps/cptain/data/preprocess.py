@@ -224,7 +224,8 @@ def preprocess(
     if not count_only:
         for folder in (run.data_folder, run.data_folder / ".tokenizer"):
             remove_stale_partials(folder)
-    every = _tasks(run, tokenizer_hash(model_folder(run.tokenizer)), force)
+    digest = tokenizer_hash(model_folder(run.tokenizer))
+    every = _tasks(run, digest, force)
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]
     if verify_inputs:
@@ -242,7 +243,7 @@ def preprocess(
     if todo:
         if not count_only:
             (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
-        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend)
+        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend, digest)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
