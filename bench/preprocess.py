@@ -318,9 +318,11 @@ def edges(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[
             began = time.monotonic()
             said = outcome(*command, place / "peer.log", patience[number])
             if name == next(iter(cases)):
-                patience[number] = 30 + 3 * (time.monotonic() - began)
+                patience[number] = 20 + 2 * (time.monotonic() - began)
             made = place / "peer_text_document.idx"
-            if said == "exit 0" and made.exists():
+            if not made.exists():
+                said += ", no .idx"
+            elif said == "exit 0":
                 same = [kind for kind in ("plain", "stripped") if same_bytes(place, place / kind / record["prefix"])]
                 count = int.from_bytes(made.read_bytes()[26:34], "little") - 1
                 said = f"identical ({' and '.join(same)})" if same else f"other bytes, {count} documents"

@@ -31,6 +31,7 @@ from cptain.run_file import RunFile
 
 _WILDCARD = ("*", "?", "[")
 _FOLDERS_SHOWN = 40
+_CORES_A_FILE = 32  # the process that reads a file feeds no more, and shares 9 MB of memory with each
 _Work = Callable[[Task, Tokenizer, int, Read], Record]
 
 
@@ -144,7 +145,7 @@ def _work_through(
     """Do `work` on every file, biggest first, and yield records as files are done."""
     # A core for each file; where there are fewer files, they share those that are over.
     meter, processes = _Meter(progress), min(workers, len(tasks))
-    cores = max(1, workers // max(1, processes))
+    cores = min(_CORES_A_FILE, max(1, workers // max(1, processes)))
     if processes <= 1:
         for task in tasks:
             yield work(task, tokenizer, cores, partial(meter.read, task.record.prefix))

@@ -10,8 +10,10 @@ import bz2
 import json
 import lzma
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,8 @@ from isal import isal_zlib
 from cptain.errors import CptainError, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
-_READ = 1 << 18  # compressed bytes at once: few, because one may become a thousand
+_READ = 1 << 18  # compressed bytes at once
+_PIECE = 1 << 13  # of those, decompressed at once: few, because gzip may make a thousand bytes of one
 _BLOCK = 8 << 20  # decompressed bytes, about, that are parsed and encoded together
 _ERRORS: tuple[Any, ...] = (
     zlib.error,
@@ -92,6 +95,10 @@ class Documents:
         """How many documents."""
         return len(self.texts) if self.sequences is None else len(self.sequences)
 
+    def of_text(self, text: int) -> int:
+        """The document that a text belongs to."""
+        return text if self.sequences is None else bisect_right(list(accumulate(self.sequences)), text)
+
     def line(self, document: int) -> int:
         """The line of a document in the file."""
         return self.first_line + document if self.lines is None else self.lines[document]
@@ -132,23 +139,25 @@ def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[b
             if decompressor is None:
                 yield chunk, size
                 continue
-            out = []
-            while chunk:
-                if not inside and not chunk.strip(b"\0"):
-                    break  # zero padding behind the last frame, as tar and tape leave it
-                inside = True
-                try:
-                    out.append(decompressor.decompress(chunk))
-                except _ERRORS as error:
-                    raise CptainError(
-                        f"{file}: corrupt at byte {position + size - len(chunk)} or after: {one_line(error)}"
-                    ) from error
-                if not decompressor.eof:
-                    break
-                chunk = decompressor.unused_data
-                decompressor, inside = _new_decompressor(file) or decompressor, False
-            position += size
-            yield b"".join(out), size
+            for start in range(0, size, _PIECE):
+                piece = chunk[start : start + _PIECE]
+                of_file, out = len(piece), []
+                while piece:
+                    if not inside and not piece.strip(b"\0"):
+                        break  # zero padding behind the last frame, as tar and tape leave it
+                    inside = True
+                    try:
+                        out.append(decompressor.decompress(piece))
+                    except _ERRORS as error:
+                        raise CptainError(
+                            f"{file}: corrupt at byte {position + of_file - len(piece)} or after: {one_line(error)}"
+                        ) from error
+                    if not decompressor.eof:
+                        break
+                    piece = decompressor.unused_data
+                    decompressor, inside = _new_decompressor(file) or decompressor, False
+                position += of_file
+                yield b"".join(out), of_file
         if inside:
             raise CptainError(f"{file}: truncated: the file ends at byte {position}, inside a compressed frame")
 
@@ -188,10 +197,10 @@ def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None])
             continue
         whole = _joined(parts, line)
         end = whole.rfind(b"\n") + 1
-        count = whole.count(b"\n")
-        yield Block(line, count, memoryview(whole)[: end - 1], read)
-        line += count
+        block = Block(line, whole.count(b"\n"), memoryview(whole)[: end - 1], read)
         parts, size, read = [whole[end:]], len(whole) - end, 0
+        line += block.count
+        yield block
     whole = _joined(parts, line)
     if whole or read:
         content = memoryview(whole.removesuffix(b"\n"))
