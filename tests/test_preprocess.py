@@ -20,7 +20,7 @@ from conftest import RunFileMaker, cptain, cptain_process, leftovers, wait_until
 from cptain.data import reader
 from cptain.data.blend import weights
 from cptain.data.manifest import Record
-from cptain.data.preprocess import input_files
+from cptain.data.preprocess import _tasks, input_files, shard
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 from cptain.run_file import MixPart, load_run
@@ -480,6 +480,32 @@ def test_ids_that_differ_from_hugging_face_s_end_the_run_at_the_document(
     assert "gives other ids than Hugging Face here" in seen.output
 
 
+def test_the_line_of_a_differing_document_is_told_among_lists_too(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = text(b'{"text": ["a", "b"]}\n{"text": []}\n{"text": ["c", "d", "wrong"]}\n{"text": "e"}\n')
+    monkeypatch.setattr(Tokenizer, "check", lambda tokenizer, text, ids: text != "wrong")
+    seen = cptain("preprocess", file, "--workers", 1, "--set", "data.check_fraction=1")
+    assert seen.exit_code == 1
+    assert f"{file.parent}/in/x.jsonl:3: fastokens" in seen.output
+
+
+def test_merges_are_kept_in_the_older_form_only_where_it_loads_as_the_same_tokenizer(model: Path) -> None:
+    from cptain.data.tokenizer import _short
+    from tokenizers import Tokenizer, models
+
+    def merges(vocabulary: list[str], pairs: list[tuple[str, str]]) -> Any:
+        ids = {word: number for number, word in enumerate(vocabulary)}
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
+        short = _short(tokenizer)
+        assert Tokenizer.from_str(short).to_str() == tokenizer.to_str()
+        return json.loads(short)["model"]["merges"]
+
+    assert merges(["a", "b", "ab"], [("a", "b")]) == ["a b"]
+    assert merges(["a", " ", "a "], [("a", " ")]) == [["a", " "]]
+    assert merges(["#version", "b", "#versionb"], [("#version", "b")]) == [["#version", "b"]]
+    unigram = Tokenizer(models.Unigram([("a", -1.5)], 0))
+    assert _short(unigram) == unigram.to_str()
+
+
 def test_what_transformers_says_of_a_tokenizer_is_asked_once(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text(b'{"text": "x"}\n')
     assert cptain("preprocess", file).exit_code == 0
@@ -568,7 +594,23 @@ def test_a_line_beyond_the_limit_is_told_before_it_fills_the_memory(text: Any) -
     (endless.parent / "in" / "x.jsonl").unlink()
     result = cptain("preprocess", endless)
     assert result.exit_code == 1
-    assert "over 10000000 bytes (data.max_document_bytes): is there one line a document?" in result.output
+    assert "x.jsonl.gz:1: over 10000000 bytes (data.max_document_bytes), and its end is not in sight" in result.output
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_a_line_of_a_gigabyte_ends_the_run_with_its_place_and_little_memory(text: Any, kind: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[kind]
+    content = compress(b'{"text": "one"}\n{"text": "') + compress(b"x" * (64 << 20)) * 16 + compress(b'"}\n')
+    file = text(content, f"x.jsonl{kind}")
+    process = cptain_process("preprocess", file, "--workers", 1)
+    assert process.stdout is not None
+    said = process.stdout.read().splitlines()[-1]
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 1
+    assert said.startswith(f"cptain: {file.parent}/in/x.jsonl{kind}:2: over 33554432 bytes (data.max_document_bytes), ")
+    assert usage.ru_maxrss < 700 << 10
+    assert pairs(data_folder(file)) == {}
 
 
 def test_a_parquet_file_gives_what_the_same_lines_give(text: Any) -> None:
@@ -660,6 +702,34 @@ def test_count_only_counts_and_writes_nothing(make_run: RunFileMaker, ready_run:
     assert f"{share:.3f} tokens a byte, 0 bad lines skipped" in counted.output.splitlines()[-1]
     assert "preprocess:   sub/deeper: 1 files, " in counted.output
     assert not data_folder(file).exists()
+
+
+def test_parts_are_alike_in_bytes_and_files_that_come_later_are_the_only_ones_done(text: Any) -> None:
+    for number in range(12):
+        file = text(b'{"text": "some words"}\n' * (1 + number * 50), f"{number:02}.jsonl")
+    said = []
+    for part in (2, 3, 1):
+        assert not (data_folder(file) / "manifest.json").exists()
+        result = cptain("preprocess", file, "--shard", f"{part}/3")
+        assert result.exit_code == 0, result.output
+        said += [line for line in result.output.splitlines() if "part " in line]
+    assert said == [
+        "preprocess: part 2 of 3: 4 files done; 8 files of other parts are not done yet",
+        "preprocess: part 3 of 3: 4 files done; 4 files of other parts are not done yet",
+        "preprocess: part 1 of 3: 4 files done",
+    ]
+    parts = [shard(_tasks(load_run(file), "", False), number, 3) for number in (1, 2, 3)]
+    sizes = [sum(task.record.bytes for task in part) for part in parts]
+    assert max(sizes) < 1.1 * min(sizes)
+    assert manifest(file)["files"] == 12
+    in_parts = pairs(data_folder(file))
+    assert cptain("preprocess", file, "--force").exit_code == 0
+    assert pairs(data_folder(file)) == in_parts
+    written = {path: path.stat().st_mtime_ns for path in data_folder(file).rglob("*.bin")}
+    text(b'{"text": "new"}\n', "later.jsonl")
+    assert "12 of 13 files are done and unchanged" in cptain("preprocess", file).output
+    assert manifest(file)["files"] == 13
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_a_file_that_is_written_to_meanwhile_is_an_error(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from conftest import RunFileMaker, cptain, leftovers
+from conftest import RunFileMaker, cptain, cptain_process, leftovers
 from cptain.data import reader
 from cptain.data.manifest import lock_file
 from cptain.data.tokenizer import Tokenizer
@@ -124,6 +124,27 @@ with lock(Path({str(held)!r}), "test"):
     assert held.is_symlink()  # nobody took it away
     assert cptain("preprocess", file, "--workers", 1).exit_code == 0
     assert not held.is_symlink()
+
+
+def test_four_runs_at_once_leave_what_one_leaves(make_run: RunFileMaker, tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[number::6]] * 20
+        (tmp_path / "in" / f"{number}.jsonl").write_text("".join(lines), encoding="utf-8")
+    file = make_run(data__input=["in/*"])
+    folder = file.parent / "runs" / "run" / "data"
+    assert cptain("preprocess", file, "--workers", 2).exit_code == 0
+    whole = data(folder)
+    processes = [cptain_process("preprocess", file, "--workers", 2, "--force") for _ in range(4)]
+    ends = []
+    for process in processes:  # each did its part, or was told who is at it
+        output, _ = process.communicate(timeout=120)
+        last, ends = output.splitlines()[-1], [*ends, process.returncode]
+        assert (ends[-1] == 0 and " → " in last) or (ends[-1] == 1 and "is at it (seen " in last), output
+    assert 0 in ends
+    assert data(folder) == whole
+    assert "6 of 6 files are done and unchanged" in cptain("preprocess", file).output
+    assert leftovers(folder) == []
 
 
 def test_a_lock_of_another_host_is_stale_once_it_has_not_been_touched_for_long(tmp_path: Path) -> None:

@@ -182,15 +182,17 @@ def blocks(file: Path, key: str, max_line_bytes: int, seen: Callable[[bytes], No
 
 def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None]) -> Iterator[Block]:
     parts: list[bytes] = []
-    size = read = 0
+    size = read = unended = 0
     line = 1
     for data, of_file in _decompressed(file, seen):
         read += of_file
         parts.append(data)
         size += len(data)
-        if size > max_line_bytes and size > _BLOCK and b"\n" not in data:
+        unended = len(data) - 1 - data.rfind(b"\n") if b"\n" in data else unended + len(data)
+        if unended > max(max_line_bytes, _BLOCK):
+            line += sum(part.count(b"\n") for part in parts)
             raise CptainError(
-                f"{file}:{line}: or a line soon after has over {max_line_bytes} bytes (data.max_document_bytes): "
+                f"{file}:{line}: over {max_line_bytes} bytes (data.max_document_bytes), and its end is not in sight: "
                 "is there one line a document?"
             )
         if size < _BLOCK or b"\n" not in data:
