@@ -7,9 +7,11 @@ import json
 import lzma
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,17 @@ def pairs(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def text(tmp_path: Path, make_run: RunFileMaker) -> Any:
-    """A function that writes bytes as an input file and returns a run file for it."""
+def text(tmp_path: Path, make_run: RunFileMaker, ready_run: Path) -> Any:
+    """A function that writes bytes as an input file and returns a run file for it, whose tokenizer transformers has
+    been asked about."""
 
     def write(content: bytes, name: str = "x.jsonl", **changes: Any) -> Path:
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(content)
-        return make_run(data__input=["in/**/*.jsonl*"], **changes)
+        file = make_run(data__input=["in/**/*.jsonl*"], **changes)
+        if "data__output" not in changes:
+            shutil.copytree(data_folder(ready_run) / ".tokenizer", data_folder(file) / ".tokenizer", dirs_exist_ok=True)
+        return file
 
     return write
 
@@ -122,8 +128,6 @@ def test_a_second_run_skips_what_is_done_and_force_redoes_it(text: Any) -> None:
 
 
 def test_another_tokenizer_or_key_redoes_a_file(text: Any, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     file = text(b'{"text": "one", "body": "two"}\n')
     assert cptain("preprocess", file).exit_code == 0
     assert "done" not in cptain("preprocess", file, "--set", "data.key=body").output
@@ -173,6 +177,7 @@ def test_every_way_to_write_two_documents_gives_two_documents(text: Any, name: s
         (b'{"text": ["two", 2]}', '"text" is not a string in its list but int'),
         (b'["two"]', "not a JSON object but list"),
         (b'{"text": "\xff"}', "not UTF-8 (byte 10 of the line)"),
+        ('{"text": "UTF-16"}'.encode("utf-16"), "not UTF-8 (byte 0 of the line)"),
         (b'{"text": "\\ud800"}', '"text" holds a lone surrogate (character 0)'),
         (b"[" * 100000, "not JSON: maximum recursion depth exceeded"),
     ],
@@ -248,6 +253,38 @@ def test_globs_that_match_nothing_or_clash_are_named(make_run: RunFileMaker, tmp
     assert "a.jsonl.gz would both become a: rename one" in result.output
 
 
+def test_a_match_that_is_no_readable_file_is_never_left_out_without_a_word(
+    make_run: RunFileMaker, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "in" / "good.jsonl", ["x"])
+    file, odd = make_run(data__input=["in/**/*"]), tmp_path / "in" / "odd.jsonl"
+    makers: list[Callable[[], object]] = [
+        lambda: odd.symlink_to("nothing"),
+        lambda: odd.symlink_to("odd.jsonl"),
+        lambda: os.mkfifo(odd),
+    ]
+    for make in makers:
+        make()
+        result = cptain("preprocess", file)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"cptain: data.input: {odd}: no regular file, or a link to nothing")
+        odd.unlink()
+    secret = tmp_path / "in" / "secret"
+    write_jsonl(secret / "x.jsonl", ["x"])
+    secret.chmod(0)
+    process = cptain_process("preprocess", file, preexec_fn=obey_permissions)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, f"cptain: {secret}: Permission denied\n")
+    secret.chmod(0o755)
+    for name, said in ((b".jsonl", "has no name before its suffix"), (b"\xff.jsonl", "a name that is not UTF-8")):
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).write_bytes(b'{"text": "x"}\n')
+        result = cptain("preprocess", file, "--set", "data.input=['in/*', 'in/.json*']")
+        assert f"{said}: rename it" in result.output
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).unlink()
+    folder = cptain("preprocess", file, "--set", "data.input=['in']")
+    assert f"it is a folder: write {tmp_path}/in/**/*" in folder.output
+
+
 def test_files_of_several_globs_are_named_from_their_common_folder(tmp_path: Path) -> None:
     for name in ("one/a.jsonl", "two/x/a.jsonl"):
         write_jsonl(tmp_path / name, ["x"])
@@ -280,9 +317,10 @@ def test_a_full_disk_leaves_nothing_half_written(text: Any) -> None:
 
 
 def obey_permissions() -> None:
-    """In a child of root: give up CAP_DAC_OVERRIDE for good, so that a read-only folder is read-only."""
-    pr_capbset_drop, cap_dac_override = 24, 1
-    ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0)
+    """In a child of root: give up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH for good, so that folders are closed."""
+    pr_capbset_drop = 24
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(pr_capbset_drop, capability, 0, 0, 0)
 
 
 def test_a_read_only_output_folder_is_one_line(text: Any, tmp_path: Path) -> None:
@@ -329,7 +367,7 @@ def test_a_killed_run_leaves_no_final_name_and_the_next_removes_its_debris(text:
 
 
 def record(input: str, tokens: int) -> Record:
-    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, "hash", tokens=tokens)
+    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, 1, "hash", tokens=tokens)
 
 
 def test_files_blend_by_tokens_alike_or_by_tables() -> None:
@@ -590,6 +628,8 @@ def test_a_line_beyond_the_limit_is_told_before_it_fills_the_memory(text: Any) -
     assert "x.jsonl:1: 300012 bytes, over data.max_document_bytes = 100000" in result.output
     assert cptain("preprocess", file, "--set", "data.on_error=skip").exit_code == 0
     assert manifest(file)["documents"] == 1
+    again = cptain("preprocess", file, "--set", "data.on_error=skip", "--set", "data.max_document_bytes=1000000")
+    assert "2 documents" in again.output
     endless = text(gzip.compress(b"x" * 40_000_000), "x.jsonl.gz", data__max_document_bytes=10_000_000)
     (endless.parent / "in" / "x.jsonl").unlink()
     result = cptain("preprocess", endless)

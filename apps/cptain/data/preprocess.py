@@ -42,19 +42,48 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:wild])
 
 
+def _every_folder_opens(pattern: str) -> None:
+    """Raise what glob says nothing of: a folder below a ** that cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    before, recursive, _ = pattern.partition("**")
+    for folder in glob.glob(before) if recursive else ():
+        for _ in os.walk(folder, onerror=refuse):
+            pass
+
+
+def _is_a_file_with_a_name(file: Path) -> None:
+    if not file.is_file():
+        raise CptainError(f"data.input: {file}: no regular file, or a link to nothing: mend it, or take it away")
+    if not reader.stem(file):
+        raise CptainError(f"data.input: {file}: has no name before its suffix: rename it")
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise CptainError(f"data.input: {os.fsencode(file)!r}: a name that is not UTF-8: rename it") from None
+
+
 def input_files(patterns: list[str]) -> dict[str, Path]:
     """The files that the globs match, by the path their pair gets: folders kept below the globs' common folder, suffix
     cut.
 
     Raises:
-        CptainError: a glob that matches nothing, or two files with one name for their pairs.
+        CptainError: a glob that matches nothing, a match that is no file, or two files with one name for their pairs.
+        OSError: a folder that cannot be listed.
     """
     matched: dict[Path, None] = {}
     for pattern in patterns:
+        _every_folder_opens(pattern)
         files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-        wanted = [file for file in files if file.is_file() and file.name.endswith(reader.SUFFIXES)]
+        wanted = [file for file in files if file.name.endswith(reader.SUFFIXES) and not file.is_dir()]
+        for file in wanted:
+            _is_a_file_with_a_name(file)
         if not wanted:
             other = f" ({len(files)} other files)" if files else ""
+            if Path(pattern).is_dir():
+                other = f": it is a folder: write {pattern}/**/*"
             raise CptainError(f"data.input: {pattern} matches no {', '.join(reader.SUFFIXES)} file{other}")
         matched.update(dict.fromkeys(wanted))
     root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in patterns]))
@@ -81,6 +110,7 @@ def _tasks(run: RunFile, tokenizer: str, force: bool) -> list[Task]:
             key=data.key,
             on_error=data.on_error,
             strip=data.strip,
+            max_document_bytes=data.max_document_bytes,
             tokenizer=tokenizer,
         )
         encoding = Encoding(

@@ -272,7 +272,7 @@ def _of_line(line: bytes, key: str, limit: int) -> Found:
     if len(line) > limit:
         return _too_long(len(line), limit)
     try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(line.decode("utf-8-sig"))  # json takes bytes for UTF-16 where they look like it
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte {error.start} of the line)"
     except (ValueError, RecursionError) as error:
