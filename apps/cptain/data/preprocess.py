@@ -252,9 +252,6 @@ def preprocess(
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
-    if not count_only:
-        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
-            remove_stale_partials(folder)
     digest = tokenizer_hash(model_folder(run.tokenizer))
     every = _tasks(run, digest, force)
     tasks = shard(every, *part)
@@ -268,9 +265,11 @@ def preprocess(
     todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
-    begun = sum(1 for task in todo if task.half_written())
-    if begun and not count_only:
-        print(f"preprocess: {begun} files were begun and not finished: they are done from their start", file=sys.stderr)
+    if not count_only:
+        if begun := sum(1 for task in todo if task.half_written()):
+            print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
+        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
+            remove_stale_partials(folder)
     if todo:
         if not count_only:
             (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again

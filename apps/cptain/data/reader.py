@@ -272,7 +272,9 @@ def _of_line(line: bytes, key: str, limit: int) -> Found:
     if len(line) > limit:
         return _too_long(len(line), limit)
     try:
-        value: Any = json.loads(line.decode("utf-8-sig"))  # json takes bytes for UTF-16 where they look like it
+        # Decoded here, because json takes bytes for UTF-16 where they look like it; and an integer of over 4300 digits,
+        # which Python would refuse, is nothing that anyone looks at.
+        value: Any = json.loads(line.decode("utf-8-sig"), parse_int=lambda digits: 0)
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte {error.start} of the line)"
     except (ValueError, RecursionError) as error:
