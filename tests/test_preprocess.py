@@ -592,6 +592,9 @@ def test_processes_on_one_file_write_what_one_process_writes(text: Any) -> None:
     assert cptain("preprocess", file, "--workers", 4, "--force").exit_code == 0
     assert pairs(data_folder(file)) == one
     assert manifest(file)["documents"] == 8000
+    text(b'{"text": "small"}\n', "small.jsonl")  # beside which the large one gets more than one process
+    assert cptain("preprocess", file, "--workers", 4, "--force").exit_code == 0
+    assert one.items() < pairs(data_folder(file)).items()
 
 
 def test_a_list_of_texts_is_one_document_of_several_sequences(text: Any) -> None:
@@ -691,8 +694,11 @@ def test_rows_that_are_no_text_are_bad_lines(text: Any) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), file.parent / "in" / "lists.parquet")
     raw = pyarrow.array([b"fine", b"\xff"], type=pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), file.parent / "in" / "strings.parquet")
+    binary = pyarrow.array([b"fine", "文".encode()], type=pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": binary}), file.parent / "in" / "binary.parquet")
     assert cptain("preprocess", file, "--set", "data.input=['in/*.parquet']").exit_code == 0
-    lists, strings = manifest(file)["records"]
+    bytes_, lists, strings = manifest(file)["records"]
+    assert (bytes_["documents"], bytes_["skipped"]) == (2, 0)
     assert (lists["lines"], lists["documents"], lists["skipped"]) == (4, 2, 2)
     assert (strings["lines"], strings["documents"], strings["skipped"]) == (2, 1, 1)
     side = (data_folder(file) / "lists_text_document.skipped.jsonl").read_text().splitlines()

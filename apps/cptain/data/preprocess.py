@@ -1,7 +1,8 @@
 """preprocess: input files → one .bin/.idx pair each, and manifest.json.
 
-Files are the unit of work: each belongs to one process, which shares its cores out among the file's blocks where there
-are more cores than files. What is complete and unchanged is skipped by a later run.
+Files are the unit of work: each belongs to one process, which shares the file's blocks out among processes of its own
+where the file is a larger part of all bytes than one core is of all cores. What is complete and unchanged is skipped by
+a later run.
 """
 
 import glob
@@ -159,12 +160,12 @@ def _stop(*_: object) -> None:
         raise Interrupted("SIGTERM")
 
 
-def _begin_worker(work: _Work, tokenizer: Tokenizer, cores: int, queue: Any) -> None:
+def _begin_worker(work: _Work, tokenizer: Tokenizer, cores: Callable[[Task], int], queue: Any) -> None:
     global _work
     signal.signal(signal.SIGTERM, _stop)  # the parent's word to stop: clean up on the way out
 
     def work_on(task: Task) -> Record:
-        return work(task, tokenizer, cores, lambda read, tokens: queue.put((task.record.prefix, read, tokens)))
+        return work(task, tokenizer, cores(task), lambda read, tokens: queue.put((task.record.prefix, read, tokens)))
 
     _work = work_on
 
@@ -173,12 +174,16 @@ def _work_through(
     tasks: list[Task], work: _Work, tokenizer: Tokenizer, workers: int, progress: Progress
 ) -> Iterator[Record]:
     """Do `work` on every file, biggest first, and yield records as files are done."""
-    # A core for each file; where there are fewer files, they share those that are over.
     meter, processes = _Meter(progress), min(workers, len(tasks))
-    cores = min(_CORES_A_FILE, max(1, workers // max(1, processes)))
+    total = max(1, sum(task.record.bytes for task in tasks))
+
+    def cores(task: Task) -> int:
+        """The file's share of all cores, by its bytes, so that one large file among small ones does not end alone."""
+        return min(_CORES_A_FILE, max(1, round(workers * task.record.bytes / total)))
+
     if processes <= 1:
         for task in tasks:
-            yield work(task, tokenizer, cores, partial(meter.read, task.record.prefix))
+            yield work(task, tokenizer, cores(task), partial(meter.read, task.record.prefix))
         return
     queue = CONTEXT.SimpleQueue()
     with process_pool(processes, _begin_worker, work, tokenizer, cores, queue) as pool:

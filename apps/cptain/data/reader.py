@@ -288,8 +288,11 @@ def _of_line(line: bytes, key: str, limit: int) -> Found:
 
 def _of_row(value: Any, key: str, limit: int) -> Found:
     """The texts of what a row holds in the column."""
-    if isinstance(value, bytes):
-        return None, f'"{key}" is not UTF-8'
+    if isinstance(value, bytes):  # as some programs write their text
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None, f'"{key}" is not UTF-8'
     texts, reason = _strings(value, key)
     size = sum(len(text.encode()) for text in texts or ())
     return _too_long(size, limit) if size > limit else (texts, reason)
