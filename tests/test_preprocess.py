@@ -528,6 +528,16 @@ def test_the_line_of_a_differing_document_is_told_among_lists_too(text: Any, mon
     assert f"{file.parent}/in/x.jsonl:3: fastokens" in seen.output
 
 
+def test_documents_too_long_for_hugging_face_s_library_are_not_compared(
+    text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = text(b'{"text": "%s"}\n{"text": "short"}\n' % (b"long" * 300_000))
+    compared: list[str] = []
+    monkeypatch.setattr(Tokenizer, "check", lambda tokenizer, text, ids: compared.append(text) or True)
+    assert cptain("preprocess", file, "--workers", 1, "--set", "data.check_fraction=1").exit_code == 0
+    assert compared == ["short"]
+
+
 def test_merges_are_kept_in_the_older_form_only_where_it_loads_as_the_same_tokenizer(model: Path) -> None:
     from cptain.data.tokenizer import _short
     from tokenizers import Tokenizer, models

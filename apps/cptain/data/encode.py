@@ -141,20 +141,23 @@ def _put(block: reader.Block, slot: mmap.mmap) -> tuple[reader.Block, int | None
     """Lay a block into a slot: the block without what lies there, and how many bytes that is. Rows are sent."""
     if isinstance(block.content, list):
         return block, None
-    size = memoryview(block.content).nbytes
+    size = sum(map(len, block.content))
     if size > _SLOT:
-        return replace(block, content=bytes(block.content)), None
-    slot[:size] = block.content
-    return replace(block, content=b""), size
+        return replace(block, content=(b"".join(block.content),)), None
+    slot.seek(0)
+    for piece in block.content:
+        slot.write(piece)
+    return replace(block, content=()), size
 
 
 def _encode_in(number: int, block: reader.Block, size: int | None) -> _Answer:
     slot = _slots[number]
-    encoded = _encode(block if size is None else replace(block, content=slot[:size]))
+    encoded = _encode(block if size is None else replace(block, content=(slot[:size],)))
     ids = encoded.documents.ids
     if ids.nbytes > _SLOT:
         return encoded, None
-    slot[: ids.nbytes] = ids.tobytes()
+    slot.seek(0)
+    slot.write(ids.data)
     return replace(encoded, documents=replace(encoded.documents, ids=ids[:0])), len(ids)
 
 

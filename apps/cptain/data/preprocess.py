@@ -26,7 +26,7 @@ from cptain.data.manifest import FILE_NAME, Record, fingerprint, remove_record, 
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
 from cptain.data.tokenizer import Tokenizer, tokenizer_hash
-from cptain.errors import CptainError, Interrupted
+from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
@@ -155,8 +155,10 @@ def _worker(task: Task) -> Record:
 
 def _stop(*_: object) -> None:
     global _stopping
-    _stopping = True
-    if _working:  # between two tasks there is nothing to clean up, and the pool ends the process itself
+    if not _working:  # there is nothing to clean up
+        os._exit(FAILED)
+    if not _stopping:
+        _stopping = True
         raise Interrupted("SIGTERM")
 
 
