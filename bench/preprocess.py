@@ -37,6 +37,14 @@ import numpy as np
 
 FILES = 20
 FAST = "preprocess_data_fast.py"
+# A process counts the memory of the one that began it as its own: hence one small process between.
+BETWEEN = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[2:]).returncode
+with open(sys.argv[1], "w") as peak:
+    peak.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(status)
+"""
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -118,13 +126,18 @@ def tokenizer(folder: Path) -> Path:
 
 def run(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, float]:
     """Wall seconds of a command that must succeed, and the peak MB of the largest of its processes."""
+    peak = log.with_suffix(".peak")
     began = time.monotonic()
     with open(log, "w") as output:
-        started = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(started.pid, 0)
+        status = subprocess.run(
+            [sys.executable, "-c", BETWEEN, str(peak), *command],
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+        ).returncode
     if status:
-        sys.exit(f"{' '.join(command)}: wait status {status}:\n{log.read_text()[-2000:]}")
-    return time.monotonic() - began, usage.ru_maxrss / 1024
+        sys.exit(f"{' '.join(command)}: exit status {status}:\n{log.read_text()[-2000:]}")
+    return time.monotonic() - began, int(peak.read_text()) / 1024
 
 
 def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False, data: str = "") -> tuple[float, float]:

@@ -26,7 +26,7 @@ from cptain.errors import CptainError, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
 _READ = 1 << 18  # bytes of the file at once, where they are compressed; else four times as many
-_PIECE = 1 << 13  # of those, decompressed at once: few, because gzip may make a thousand bytes of one
+_PIECE = 1 << 12  # of those, decompressed at once: few, because zstd may make 30,000 bytes of one
 _BLOCK = 8 << 20  # decompressed bytes, about, that are parsed and encoded together
 _ERRORS: tuple[Any, ...] = (
     zlib.error,
@@ -143,23 +143,26 @@ def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[b
                 continue
             for start in range(0, size, _PIECE):
                 piece = chunk[start : start + _PIECE]
-                of_file, out = len(piece), []
+                length = untold = len(piece)
                 while piece:
                     if not inside and not piece.strip(b"\0"):
                         break  # zero padding behind the last frame, as tar and tape leave it
                     inside = True
                     try:
-                        out.append(decompressor.decompress(piece))
+                        out = decompressor.decompress(piece)
                     except _ERRORS as error:
                         raise CptainError(
-                            f"{file}: corrupt at byte {position + of_file - len(piece)} or after: {one_line(error)}"
+                            f"{file}: corrupt at byte {position + length - len(piece)} or after: {one_line(error)}"
                         ) from error
+                    yield out, untold
+                    untold = 0
                     if not decompressor.eof:
                         break
                     piece = decompressor.unused_data
                     decompressor, inside = _new_decompressor(file) or decompressor, False
-                position += of_file
-                yield b"".join(out), of_file
+                position += length
+                if untold:
+                    yield b"", untold
         if inside:
             raise CptainError(f"{file}: truncated: the file ends at byte {position}, inside a compressed frame")
 
