@@ -159,6 +159,14 @@ def test_a_process_that_missed_the_signal_to_stop_is_told_again() -> None:
         _ = 1 / 0
 
 
+def test_a_result_cut_short_by_the_signal_to_stop_is_not_waited_for() -> None:
+    with suppress(ZeroDivisionError), process_pool(2, lambda: None) as pool:
+        pool.submit(os.getpid).result()
+        pool._result_queue._writer._send(b"\0\0\1\0")  # type: ignore[attr-defined]  # the length of one, and nothing of it
+        time.sleep(0.2)
+        _ = 1 / 0
+
+
 def test_a_killed_worker_ends_the_run_though_another_is_idle(make_run: RunFileMaker, tmp_path: Path) -> None:
     line = json.dumps({"text": "word " * 100}) + "\n"
     (tmp_path / "large.jsonl").write_text(line * 300_000)

@@ -52,6 +52,7 @@ def process_pool(count: int, begin: Callable[..., None], *arguments: Any) -> Ite
                 process.terminate()
             for ended in connection.wait(list(left), timeout=0.2):
                 del left[cast(int, ended)]
+        cast(Any, pool)._result_queue._writer.close()  # a result that one was sending will not go on
         pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise CptainError(
