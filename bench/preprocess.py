@@ -9,9 +9,12 @@ out of both. Every figure is the median of --repeat runs.
 
 --scaling 1,4,16 encodes 16 files of --megabytes each with 1, 4 and 16 cores, and then one file with all of that; steady
 speed is taken between a quarter and all.
+
+--edges compares files of edge cases instead, one a file, beside one of all that every tool takes.
 """
 
 import argparse
+import contextlib
 import filecmp
 import functools
 import gzip
@@ -21,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +37,14 @@ import numpy as np
 
 FILES = 20
 FAST = "preprocess_data_fast.py"
+# A process counts the memory of the one that began it as its own: hence one small process between.
+BETWEEN = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[2:]).returncode
+with open(sys.argv[1], "w") as peak:
+    peak.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(status)
+"""
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -114,33 +126,41 @@ def tokenizer(folder: Path) -> Path:
 
 def run(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, float]:
     """Wall seconds of a command that must succeed, and the peak MB of the largest of its processes."""
+    peak = log.with_suffix(".peak")
     began = time.monotonic()
     with open(log, "w") as output:
-        started = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(started.pid, 0)
+        status = subprocess.run(
+            [sys.executable, "-c", BETWEEN, str(peak), *command],
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+        ).returncode
     if status:
-        sys.exit(f"{' '.join(command)}: wait status {status}:\n{log.read_text()[-2000:]}")
-    return time.monotonic() - began, usage.ru_maxrss / 1024
+        sys.exit(f"{' '.join(command)}: exit status {status}:\n{log.read_text()[-2000:]}")
+    return time.monotonic() - began, int(peak.read_text()) / 1024
 
 
-def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False) -> tuple[float, float]:
-    """preprocess on some of the corpus; where `cold`, in a new data folder, so that transformers is asked too."""
+def ours(folder: Path, files: str, model: Path, cores: int, cold: bool = False, data: str = "") -> tuple[float, float]:
+    """preprocess on some of the corpus; where `cold`, in a new data folder, so that transformers is asked too.
+
+    `data` is more lines for the run file's [data].
+    """
     work = folder / "work"
     if cold:
         shutil.rmtree(work, ignore_errors=True)
     run_file = folder / "run.toml"
     run_file.write_text(
         f'name = "bench"\nwork_dir = "{work}"\n[model]\nhf = "{model}"\n[data]\ninput = ["{files}"]\n'
-        "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
+        f"{data}[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
     )
     command = [sys.executable, "-m", "cptain", "preprocess", str(run_file), "--workers", str(cores), "--force"]
     return run(command, {}, folder / "ours.log")
 
 
-def peer(
+def peer_command(
     folder: Path, tree: Path, python: str, tool_name: str, file: Path, model: Path, cores: int
-) -> tuple[float, float]:
-    """A tool of Megatron-LM's on a plain .jsonl file."""
+) -> tuple[list[str], dict[str, str]]:
+    """A tool of Megatron-LM's on a plain .jsonl file, and its environment; what it wrote last is removed."""
     prefix = folder / "peer"
     for old in folder.glob("peer_*"):
         old.unlink()
@@ -156,12 +176,20 @@ def peer(
     fast = tool_name == FAST
     more = ["--append-eod", *(["--use-gigatoken"] if fast else ["--workers", str(cores), "--log-interval", "100000"])]
     path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
-    return run([*tool, *options, *more], {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, folder / "peer.log")
+    return [*tool, *options, *more], {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def same_bytes(folder: Path) -> bool:
-    """Whether our pair of all.jsonl is the peer's."""
-    mine = folder / "work" / "bench" / "data" / "all_text_document"
+def tools(peers: list[tuple[str, str, str]]) -> Iterator[tuple[str, Path, str, str]]:
+    """The tools of every peer that has them: a label, the tree, its Python, and the tool's name."""
+    for name, path, python in peers:
+        tree = Path(path).resolve()
+        for tool_name in ("preprocess_data.py", FAST):
+            if (tree / "tools" / tool_name).exists():
+                yield f"{tool_name}, {name} ({revision(tree)})", tree, python or sys.executable, tool_name
+
+
+def same_bytes(folder: Path, mine: Path) -> bool:
+    """Whether our pair `mine` is the peer's."""
     return all(
         filecmp.cmp(f"{mine}{suffix}", folder / f"peer_text_document{suffix}", shallow=False)
         for suffix in (".bin", ".idx")
@@ -189,7 +217,8 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
         own.setdefault("wall", wall)
         own.setdefault("speed", speed)
         ratios = [f"{wall / own['wall']:.2f}", f"{own['speed'] / speed:.2f}"]
-        agree = ("yes" if same_bytes(folder) else "NO") if same else ""
+        pair = folder / "work" / "bench" / "data" / "all_text_document"
+        agree = ("yes" if same_bytes(folder, pair) else "NO") if same else ""
         return [label, f"{wall:.1f}", f"{speed:.1f}", *ratios, f"{max(peaks):.0f}", agree]
 
     own: dict[str, float] = {}
@@ -219,19 +248,115 @@ def rows(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[l
         lambda: ours(folder, str(folder / "part.jsonl"), model, cores),
         lambda: ours(folder, str(folder / "all.jsonl"), model, cores),
     )
-    for name, path, python in arguments.peer:
-        tree = Path(path).resolve()
-        for tool_name in ("preprocess_data.py", FAST):
-            if not (tree / "tools" / tool_name).exists():
-                continue
-            tool = functools.partial(peer, folder, tree, python or sys.executable, tool_name, model=model, cores=cores)
-            tool(folder / "part.jsonl")
-            yield measure(
-                f"{tool_name}, {name} ({revision(tree)}), one .jsonl",
-                functools.partial(tool, folder / "part.jsonl"),
-                functools.partial(tool, folder / "all.jsonl"),
-                same=True,
-            )
+    for label, tree, python, tool_name in tools(arguments.peer):
+
+        def tool(file: Path, place: tuple[Path, str, str] = (tree, python, tool_name)) -> tuple[float, float]:
+            return run(*peer_command(folder, *place, file, model, cores), folder / "peer.log")
+
+        tool(folder / "part.jsonl")
+        yield measure(
+            f"{label}, one .jsonl",
+            functools.partial(tool, folder / "part.jsonl"),
+            functools.partial(tool, folder / "all.jsonl"),
+            same=True,
+        )
+
+
+def edge_cases() -> dict[str, bytes]:
+    """Files by what is odd in them. The first holds all that Megatron-LM's tool takes; in the others one line of four,
+    or what is between the lines."""
+    random = np.random.default_rng(1)
+    points = np.concatenate([np.arange(0, 0xD800), np.arange(0xE000, 0x30000)])
+    texts: list[str | list[str]] = [
+        *("", " ", "\n", " \t\u3000both ends\u00a0\n", "a\r\nb\rc\n", "\0", "a\0b", "".join(map(chr, range(160)))),
+        *("'\u017f", "I'm he'LL we'\u017f 'S\u212a", "\ufeffa\ufeff\ufffe\uffff\ue000", "a\u2028b\u2029c\u0085d"),
+        *("<|begin_of_text|>", "a<|end_of_text|> <|reserved_3|>b<|end_of_text|>", "<|<|end_of_text|>|>"),
+        *("x" * 100_000, "あ" * 30_000, " " * 20_000 + "x", "1234567890" * 2000, "e" + "\u0301" * 5000),
+        *("がぎ か\u3099 ﾊﾝｶｸ Ａ①Ⅳ㍿ 𠮷野家", "👩🏽\u200d🚀🏳️\u200d🌈🇯🇵", "اَلْعَرَبِيَّةُ हिन्दी ไทย"),
+        *(["one", "two"], [], [""], ["", "one", " ", "\n"], ["a " * 1000] * 50),
+        *("".join(map(chr, random.choice(points, size=int(random.integers(0, 80))))) for _ in range(2000)),
+    ]
+    lines = [json.dumps({"text": text}, ensure_ascii=place % 2 == 0).encode() for place, text in enumerate(texts)]
+    lines += [
+        b'{"n": [NaN, Infinity, -Infinity, 1e400, -1e400, 1e-400, 12345678901234567890123], "text": "numbers"}',
+        b'{"n": -' + b"9" * 4000 + b', "text": "an integer of 4000 digits"}',
+        b'{"n": ' + b"[" * 900 + b"]" * 900 + b', "text": "deep"}',
+        b'{"text": "first", "text": "last"}',
+        b'{"text": ["first"], "te\\u0078t": "last, its key escaped"}',
+        b' \t{"text" :\t"white space around", "more": {"text": "no"}}\t ',
+        b'{"text": "\\/ \\u0041\\b\\f \x7f"}',
+    ]
+    taken = b"".join(line + (b"\r\n" if place % 3 else b"\n") for place, line in enumerate(lines))
+    before, after = b'{"text": "one"}\n{"text": "two"}\n', b'\n{"text": "three"}\n'
+    odd = {
+        "half a surrogate pair": b'{"text": "\\ud83d"}',
+        "a line cut short": b'{"text": "cut',
+        "no key": b'{"txt": "x"}',
+        "null": b'{"text": null}',
+        "a number in a list": b'{"text": ["x", 1]}',
+        "not UTF-8": b'{"text": "\xff"}',
+        "an integer of 5000 digits": b'{"n": ' + b"9" * 5000 + b', "text": "x"}',
+        "100,000 brackets deep": b'{"n": ' + b"[" * 100_000 + b"]" * 100_000 + b', "text": "x"}',
+        "a carriage return between tokens": b'{"text":\r"x"}',
+        "an empty line": b"",
+    }
+    return {
+        "all that every tool takes": taken.removesuffix(b"\r\n").removesuffix(b"\n"),
+        "a byte order mark": b"\xef\xbb\xbf" + before,
+        "an empty last line": before + b"\n",
+        **{name: before + line + after for name, line in odd.items()},
+    }
+
+
+def edges(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
+    """What each tool makes of each file of `edge_cases`, against what we do, as it is and with data.strip."""
+    cases, place = edge_cases(), folder / "edges"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for number, content in enumerate(cases.values()):
+        (place / f"{number:02}.jsonl").write_bytes(content)
+    skip, strip = 'on_error = "skip"\n', 'on_error = "skip"\nstrip = true\n'
+    ours(place, f"{place}/*.jsonl", model, 1, data=skip)
+    data = place / "work" / "bench" / "data"
+    records = json.loads((data / "manifest.json").read_text())["records"]
+    data.rename(place / "plain")
+    ours(place, f"{place}/*.jsonl", model, 1, data=strip)
+    data.rename(place / "stripped")
+    patience = [600.0] * len(arguments.peer) * 2
+    for record, name in zip(records, cases, strict=True):
+        bad = f", {record['skipped']} bad line" if record["skipped"] else ""
+        row = [name, f"{record['documents']} documents{bad}"]
+        for number, (_, tree, python, tool_name) in enumerate(tools(arguments.peer)):
+            command = peer_command(place, tree, python, tool_name, Path(record["input"]), model, 1)
+            began = time.monotonic()
+            said = outcome(*command, place / "peer.log", patience[number])
+            if name == next(iter(cases)):
+                patience[number] = 20 + 2 * (time.monotonic() - began)
+            made = place / "peer_text_document.idx"
+            if not made.exists():
+                said += ", no .idx"
+            elif said == "exit 0":
+                same = [kind for kind in ("plain", "stripped") if same_bytes(place, place / kind / record["prefix"])]
+                count = int.from_bytes(made.read_bytes()[26:34], "little") - 1
+                said = f"identical ({' and '.join(same)})" if same else f"other bytes, {count} documents"
+            row.append(said)
+        yield row
+
+
+def outcome(command: list[str], environment: dict[str, str], log: Path, patience: float) -> str:
+    """How a command ended, which may fail or hang."""
+    with open(log, "w") as output:
+        started = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            return f"exit {started.wait(patience)}"
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
 
 
 def startup(folder: Path, model: Path) -> float:
@@ -314,32 +439,32 @@ def main() -> None:
         metavar="1,2,…,N",
         help="measure how speed grows with these numbers of cores instead",
     )
+    parser.add_argument("--edges", action="store_true", help="compare edge cases instead")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/preprocess"))
     arguments = parser.parse_args()
     arguments.peer = [
         (name, *tree.partition(",")[::2]) for name, _, tree in (one.partition("=") for one in arguments.peer)
     ]
     folder = arguments.folder.resolve()
-    corpus(folder, arguments.megabytes)
+    if not arguments.edges:
+        corpus(folder, arguments.megabytes)
     model = tokenizer(folder / "llama3")
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("fastokens", "tokenizers", "transformers", "isal", "orjson")
     )
     print(f"{platform.machine()}, {arguments.cores} cores, Python {platform.python_version()}, {packages};")
-    print(f"{(folder / 'all.jsonl').stat().st_size / 1e6:.0f} MB of text, median of {arguments.repeat}\n")
-    head = [
-        "tool",
-        "wall s",
-        "steady MB/s",
-        "wall, times ours",
-        "ours, times its speed",
-        "peak MB a process",
-        "same bytes",
-    ]
-    if arguments.scaling:
-        head = ["files", "cores", "steady MB/s", "of linear", "the encoder alone, of linear"]
-    print(f"| {' | '.join(head)} |\n| {' | '.join('---' for _ in head)} |", flush=True)
-    for row in (scaling if arguments.scaling else rows)(arguments, folder, model):
+    if arguments.edges:
+        head, table = ["edge case", "cptain", *(label for label, *_ in tools(arguments.peer))], edges
+    elif arguments.scaling:
+        head, table = ["files", "cores", "steady MB/s", "of linear", "the encoder alone, of linear"], scaling
+    else:
+        head, table = ["tool", "wall s", "steady MB/s", "wall, times ours", "ours, times its speed"], rows
+        head += ["peak MB a process", "same bytes"]
+    if not arguments.edges:
+        size = (folder / "all.jsonl").stat().st_size / 1e6
+        print(f"{size:.0f} MB of text, median of {arguments.repeat}")
+    print(f"\n| {' | '.join(head)} |\n| {' | '.join('---' for _ in head)} |", flush=True)
+    for row in table(arguments, folder, model):
         print(f"| {' | '.join(row)} |", flush=True)
 
 

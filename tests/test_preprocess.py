@@ -7,9 +7,11 @@ import json
 import lzma
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from conftest import RunFileMaker, cptain, cptain_process, leftovers, wait_until
 from cptain.data import reader
 from cptain.data.blend import weights
 from cptain.data.manifest import Record
-from cptain.data.preprocess import input_files
+from cptain.data.preprocess import _tasks, input_files, shard
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 from cptain.run_file import MixPart, load_run
@@ -61,13 +63,17 @@ def pairs(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def text(tmp_path: Path, make_run: RunFileMaker) -> Any:
-    """A function that writes bytes as an input file and returns a run file for it."""
+def text(tmp_path: Path, make_run: RunFileMaker, ready_run: Path) -> Any:
+    """A function that writes bytes as an input file and returns a run file for it, whose tokenizer transformers has
+    been asked about."""
 
     def write(content: bytes, name: str = "x.jsonl", **changes: Any) -> Path:
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(content)
-        return make_run(data__input=["in/**/*.jsonl*"], **changes)
+        file = make_run(data__input=["in/**/*.jsonl*"], **changes)
+        if "data__output" not in changes:
+            shutil.copytree(data_folder(ready_run) / ".tokenizer", data_folder(file) / ".tokenizer", dirs_exist_ok=True)
+        return file
 
     return write
 
@@ -122,8 +128,6 @@ def test_a_second_run_skips_what_is_done_and_force_redoes_it(text: Any) -> None:
 
 
 def test_another_tokenizer_or_key_redoes_a_file(text: Any, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     file = text(b'{"text": "one", "body": "two"}\n')
     assert cptain("preprocess", file).exit_code == 0
     assert "done" not in cptain("preprocess", file, "--set", "data.key=body").output
@@ -140,6 +144,7 @@ def test_another_tokenizer_or_key_redoes_a_file(text: Any, model: Path, tmp_path
         ("x.jsonl", b'{"text": "one"}\r\n{"text": "two"}\r\n'),
         ("x.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}'),
         ("x.jsonl", b'{"text": "no", "text": "one"}\n   \n{"other": [1, null], "text": "two"}\n\n'),
+        ("x.jsonl", b'{"n": -%s, "text": "one"}\n{"n": [NaN, 1e400, -Infinity], "text": "two"}\n' % (b"9" * 5000)),
         ("x.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"te') + gzip.compress(b'xt": "two"}\n') + b"\0" * 512),
         ("x.jsonl.gz", gzip.compress(b"") + gzip.compress(b'{"text": "one"}\n{"text": "two"}')),
         ("x.jsonl.zst", zstandard.compress(b'{"text": "one"}\n{"te') + zstandard.compress(b'xt": "two"}\n')),
@@ -148,6 +153,7 @@ def test_another_tokenizer_or_key_redoes_a_file(text: Any, model: Path, tmp_path
         "crlf",
         "bom and no last newline",
         "duplicate key and blank lines",
+        "numbers beyond double",
         "gzip members",
         "empty member",
         "zstd frames",
@@ -173,6 +179,7 @@ def test_every_way_to_write_two_documents_gives_two_documents(text: Any, name: s
         (b'{"text": ["two", 2]}', '"text" is not a string in its list but int'),
         (b'["two"]', "not a JSON object but list"),
         (b'{"text": "\xff"}', "not UTF-8 (byte 10 of the line)"),
+        ('{"text": "UTF-16"}'.encode("utf-16"), "not UTF-8 (byte 0 of the line)"),
         (b'{"text": "\\ud800"}', '"text" holds a lone surrogate (character 0)'),
         (b"[" * 100000, "not JSON: maximum recursion depth exceeded"),
     ],
@@ -248,6 +255,38 @@ def test_globs_that_match_nothing_or_clash_are_named(make_run: RunFileMaker, tmp
     assert "a.jsonl.gz would both become a: rename one" in result.output
 
 
+def test_a_match_that_is_no_readable_file_is_never_left_out_without_a_word(
+    make_run: RunFileMaker, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "in" / "good.jsonl", ["x"])
+    file, odd = make_run(data__input=["in/**/*"]), tmp_path / "in" / "odd.jsonl"
+    makers: list[Callable[[], object]] = [
+        lambda: odd.symlink_to("nothing"),
+        lambda: odd.symlink_to("odd.jsonl"),
+        lambda: os.mkfifo(odd),
+    ]
+    for make in makers:
+        make()
+        result = cptain("preprocess", file)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"cptain: data.input: {odd}: no regular file, or a link to nothing")
+        odd.unlink()
+    secret = tmp_path / "in" / "secret"
+    write_jsonl(secret / "x.jsonl", ["x"])
+    secret.chmod(0)
+    process = cptain_process("preprocess", file, preexec_fn=obey_permissions)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, f"cptain: {secret}: Permission denied\n")
+    secret.chmod(0o755)
+    for name, said in ((b".jsonl", "has no name before its suffix"), (b"\xff.jsonl", "a name that is not UTF-8")):
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).write_bytes(b'{"text": "x"}\n')
+        result = cptain("preprocess", file, "--set", "data.input=['in/*', 'in/.json*']")
+        assert f"{said}: rename it" in result.output
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).unlink()
+    folder = cptain("preprocess", file, "--set", "data.input=['in']")
+    assert f"it is a folder: write {tmp_path}/in/**/*" in folder.output
+
+
 def test_files_of_several_globs_are_named_from_their_common_folder(tmp_path: Path) -> None:
     for name in ("one/a.jsonl", "two/x/a.jsonl"):
         write_jsonl(tmp_path / name, ["x"])
@@ -280,9 +319,10 @@ def test_a_full_disk_leaves_nothing_half_written(text: Any) -> None:
 
 
 def obey_permissions() -> None:
-    """In a child of root: give up CAP_DAC_OVERRIDE for good, so that a read-only folder is read-only."""
-    pr_capbset_drop, cap_dac_override = 24, 1
-    ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0)
+    """In a child of root: give up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH for good, so that folders are closed."""
+    pr_capbset_drop = 24
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(pr_capbset_drop, capability, 0, 0, 0)
 
 
 def test_a_read_only_output_folder_is_one_line(text: Any, tmp_path: Path) -> None:
@@ -318,18 +358,18 @@ def test_a_signal_stops_cleanly_and_the_next_run_continues(
 def test_a_killed_run_leaves_no_final_name_and_the_next_removes_its_debris(text: Any) -> None:
     file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 100) for i in range(40000)))
     process = cptain_process("preprocess", file, "--workers", 1)
-    wait_until_half_written(file.parent)
+    wait_until_half_written(data_folder(file))
     process.kill()
     process.communicate(timeout=60)
     assert pairs(data_folder(file)) == {}
-    assert leftovers(file.parent)
+    assert leftovers(data_folder(file))
     (file.parent / "in" / "x.jsonl").write_bytes(b'{"text": "short now"}\n')
-    assert cptain("preprocess", file).exit_code == 0
+    assert "1 files were begun and not finished: done from their start" in cptain("preprocess", file).output
     assert leftovers(file.parent) == []
 
 
 def record(input: str, tokens: int) -> Record:
-    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, "hash", tokens=tokens)
+    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, 1, "hash", tokens=tokens)
 
 
 def test_files_blend_by_tokens_alike_or_by_tables() -> None:
@@ -480,6 +520,42 @@ def test_ids_that_differ_from_hugging_face_s_end_the_run_at_the_document(
     assert "gives other ids than Hugging Face here" in seen.output
 
 
+def test_the_line_of_a_differing_document_is_told_among_lists_too(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = text(b'{"text": ["a", "b"]}\n{"text": []}\n{"text": ["c", "d", "wrong"]}\n{"text": "e"}\n')
+    monkeypatch.setattr(Tokenizer, "check", lambda tokenizer, text, ids: text != "wrong")
+    seen = cptain("preprocess", file, "--workers", 1, "--set", "data.check_fraction=1")
+    assert seen.exit_code == 1
+    assert f"{file.parent}/in/x.jsonl:3: fastokens" in seen.output
+
+
+def test_documents_too_long_for_hugging_face_s_library_are_not_compared(
+    text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = text(b'{"text": "%s"}\n{"text": "short"}\n' % (b"long" * 300_000))
+    compared: list[str] = []
+    monkeypatch.setattr(Tokenizer, "check", lambda tokenizer, text, ids: compared.append(text) or True)
+    assert cptain("preprocess", file, "--workers", 1, "--set", "data.check_fraction=1").exit_code == 0
+    assert compared == ["short"]
+
+
+def test_merges_are_kept_in_the_older_form_only_where_it_loads_as_the_same_tokenizer(model: Path) -> None:
+    from cptain.data.tokenizer import _short
+    from tokenizers import Tokenizer, models
+
+    def merges(vocabulary: list[str], pairs: list[tuple[str, str]]) -> Any:
+        ids = {word: number for number, word in enumerate(vocabulary)}
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
+        short = _short(tokenizer)
+        assert Tokenizer.from_str(short).to_str() == tokenizer.to_str()
+        return json.loads(short)["model"]["merges"]
+
+    assert merges(["a", "b", "ab"], [("a", "b")]) == ["a b"]
+    assert merges(["a", " ", "a "], [("a", " ")]) == [["a", " "]]
+    assert merges(["#version", "b", "#versionb"], [("#version", "b")]) == [["#version", "b"]]
+    unigram = Tokenizer(models.Unigram([("a", -1.5)], 0))
+    assert _short(unigram) == unigram.to_str()
+
+
 def test_what_transformers_says_of_a_tokenizer_is_asked_once(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text(b'{"text": "x"}\n')
     assert cptain("preprocess", file).exit_code == 0
@@ -526,6 +602,9 @@ def test_processes_on_one_file_write_what_one_process_writes(text: Any) -> None:
     assert cptain("preprocess", file, "--workers", 4, "--force").exit_code == 0
     assert pairs(data_folder(file)) == one
     assert manifest(file)["documents"] == 8000
+    text(b'{"text": "small"}\n', "small.jsonl")  # beside which the large one gets more than one process
+    assert cptain("preprocess", file, "--workers", 4, "--force").exit_code == 0
+    assert one.items() < pairs(data_folder(file)).items()
 
 
 def test_a_list_of_texts_is_one_document_of_several_sequences(text: Any) -> None:
@@ -564,11 +643,33 @@ def test_a_line_beyond_the_limit_is_told_before_it_fills_the_memory(text: Any) -
     assert "x.jsonl:1: 300012 bytes, over data.max_document_bytes = 100000" in result.output
     assert cptain("preprocess", file, "--set", "data.on_error=skip").exit_code == 0
     assert manifest(file)["documents"] == 1
+    again = cptain("preprocess", file, "--set", "data.on_error=skip", "--set", "data.max_document_bytes=1000000")
+    assert "2 documents" in again.output
     endless = text(gzip.compress(b"x" * 40_000_000), "x.jsonl.gz", data__max_document_bytes=10_000_000)
     (endless.parent / "in" / "x.jsonl").unlink()
     result = cptain("preprocess", endless)
     assert result.exit_code == 1
-    assert "over 10000000 bytes (data.max_document_bytes): is there one line a document?" in result.output
+    assert "x.jsonl.gz:1: over 10000000 bytes (data.max_document_bytes), and its end is not in sight" in result.output
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_a_line_of_a_gigabyte_ends_the_run_with_its_place_and_little_memory(text: Any, kind: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[kind]
+    content = compress(b'{"text": "one"}\n{"text": "') + compress(b"x" * (64 << 20)) * 16 + compress(b'"}\n')
+    file = text(content, f"x.jsonl{kind}")
+    # A process counts the memory of the one that began it as its own: hence one small process between.
+    between = """
+import resource, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "cptain", "preprocess", sys.argv[1], "--workers", "1"])
+print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", between, str(file)], capture_output=True, text=True, check=True)
+    status, peak = map(int, done.stdout.split())
+    assert status == 1
+    place = f"{file.parent}/in/x.jsonl{kind}:2"
+    assert done.stderr.splitlines()[-1].startswith(f"cptain: {place}: over 33554432 bytes (data.max_document_bytes), ")
+    assert peak < 700 << 10
+    assert pairs(data_folder(file)) == {}
 
 
 def test_a_parquet_file_gives_what_the_same_lines_give(text: Any) -> None:
@@ -607,8 +708,11 @@ def test_rows_that_are_no_text_are_bad_lines(text: Any) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), file.parent / "in" / "lists.parquet")
     raw = pyarrow.array([b"fine", b"\xff"], type=pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), file.parent / "in" / "strings.parquet")
+    binary = pyarrow.array([b"fine", "文".encode()], type=pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": binary}), file.parent / "in" / "binary.parquet")
     assert cptain("preprocess", file, "--set", "data.input=['in/*.parquet']").exit_code == 0
-    lists, strings = manifest(file)["records"]
+    bytes_, lists, strings = manifest(file)["records"]
+    assert (bytes_["documents"], bytes_["skipped"]) == (2, 0)
     assert (lists["lines"], lists["documents"], lists["skipped"]) == (4, 2, 2)
     assert (strings["lines"], strings["documents"], strings["skipped"]) == (2, 1, 1)
     side = (data_folder(file) / "lists_text_document.skipped.jsonl").read_text().splitlines()
@@ -660,6 +764,34 @@ def test_count_only_counts_and_writes_nothing(make_run: RunFileMaker, ready_run:
     assert f"{share:.3f} tokens a byte, 0 bad lines skipped" in counted.output.splitlines()[-1]
     assert "preprocess:   sub/deeper: 1 files, " in counted.output
     assert not data_folder(file).exists()
+
+
+def test_parts_are_alike_in_bytes_and_files_that_come_later_are_the_only_ones_done(text: Any) -> None:
+    for number in range(12):
+        file = text(b'{"text": "some words"}\n' * (1 + number * 50), f"{number:02}.jsonl")
+    said = []
+    for part in (2, 3, 1):
+        assert not (data_folder(file) / "manifest.json").exists()
+        result = cptain("preprocess", file, "--shard", f"{part}/3")
+        assert result.exit_code == 0, result.output
+        said += [line for line in result.output.splitlines() if "part " in line]
+    assert said == [
+        "preprocess: part 2 of 3: 4 files done; 8 files of other parts are not done yet",
+        "preprocess: part 3 of 3: 4 files done; 4 files of other parts are not done yet",
+        "preprocess: part 1 of 3: 4 files done",
+    ]
+    parts = [shard(_tasks(load_run(file), "", False), number, 3) for number in (1, 2, 3)]
+    sizes = [sum(task.record.bytes for task in part) for part in parts]
+    assert max(sizes) < 1.1 * min(sizes)
+    assert manifest(file)["files"] == 12
+    in_parts = pairs(data_folder(file))
+    assert cptain("preprocess", file, "--force").exit_code == 0
+    assert pairs(data_folder(file)) == in_parts
+    written = {path: path.stat().st_mtime_ns for path in data_folder(file).rglob("*.bin")}
+    text(b'{"text": "new"}\n', "later.jsonl")
+    assert "12 of 13 files are done and unchanged" in cptain("preprocess", file).output
+    assert manifest(file)["files"] == 13
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_a_file_that_is_written_to_meanwhile_is_an_error(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:

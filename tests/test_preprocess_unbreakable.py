@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
-from conftest import RunFileMaker, cptain, leftovers
+from conftest import RunFileMaker, cptain, cptain_process, leftovers
 from cptain.data import reader
 from cptain.data.manifest import lock_file
+from cptain.data.processes import process_pool
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 from cptain.lock import STALE_AFTER, lock
@@ -126,6 +128,62 @@ with lock(Path({str(held)!r}), "test"):
     assert not held.is_symlink()
 
 
+def test_four_runs_at_once_leave_what_one_leaves(make_run: RunFileMaker, tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[number::6]] * 20
+        (tmp_path / "in" / f"{number}.jsonl").write_text("".join(lines), encoding="utf-8")
+    file = make_run(data__input=["in/*"])
+    folder = file.parent / "runs" / "run" / "data"
+    assert cptain("preprocess", file, "--workers", 2).exit_code == 0
+    whole = data(folder)
+    processes = [cptain_process("preprocess", file, "--workers", 2, "--force") for _ in range(4)]
+    ends = []
+    for process in processes:  # each did its part, or was told who is at it
+        output, _ = process.communicate(timeout=120)
+        last, ends = output.splitlines()[-1], [*ends, process.returncode]
+        assert (ends[-1] == 0 and " → " in last) or (ends[-1] == 1 and "is at it (seen " in last), output
+    assert 0 in ends
+    assert data(folder) == whole
+    assert "6 of 6 files are done and unchanged" in cptain("preprocess", file).output
+    assert leftovers(folder) == []
+
+
+def test_a_process_that_missed_the_signal_to_stop_is_told_again() -> None:
+    def miss_one() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+    with suppress(ZeroDivisionError), process_pool(2, miss_one) as pool:
+        pool.submit(os.getpid).result()
+        pool.submit(time.sleep, 600)
+        _ = 1 / 0
+
+
+def test_a_result_cut_short_by_the_signal_to_stop_is_not_waited_for() -> None:
+    with suppress(ZeroDivisionError), process_pool(2, lambda: None) as pool:
+        pool.submit(os.getpid).result()
+        pool._result_queue._writer._send(b"\0\0\1\0")  # type: ignore[attr-defined]  # the length of one, and nothing of it
+        time.sleep(0.2)
+        _ = 1 / 0
+
+
+def test_a_killed_worker_ends_the_run_though_another_is_idle(make_run: RunFileMaker, tmp_path: Path) -> None:
+    line = json.dumps({"text": "word " * 100}) + "\n"
+    (tmp_path / "large.jsonl").write_text(line * 300_000)
+    (tmp_path / "small.jsonl").write_text(line)
+    file = make_run(data__input=["*.jsonl"])
+    folder = file.parent / "runs" / "run" / "data"
+    process = cptain_process("preprocess", file, "--workers", 2)
+    while not (folder / "small_text_document.idx").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    holder = os.readlink(lock_file(folder, "large_text_document")).split("|")[2]
+    os.kill(int(holder), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith("cptain: a preprocess worker died (killed, or out of memory)")
+
+
 def test_a_lock_of_another_host_is_stale_once_it_has_not_been_touched_for_long(tmp_path: Path) -> None:
     file = tmp_path / "a.lock"
     os.symlink("another-host|pid:[1]|1|1", file)
@@ -149,7 +207,7 @@ def test_what_another_host_left_half_written_goes_once_its_lock_is_stale(
     left.write_bytes(b"half")
     result = cptain("preprocess", file, "--workers", 1)
     assert result.exit_code == 0
-    assert "1 files were begun and not finished: they are done from their start" in result.output
+    assert "1 files were begun and not finished: done from their start" in result.output
     assert not left.exists()
 
 
@@ -241,7 +299,7 @@ def test_compressed_files_that_are_cut_or_changed_never_give_less(
     cut = changed = harmless = 0
 
     def text(file: Path) -> bytes:
-        return b"\n".join(bytes(b.content) for b in reader.blocks(file, "text", 1 << 20, lambda chunk: None))  # type: ignore[arg-type]
+        return b"\n".join(b"".join(b.content) for b in reader.blocks(file, "text", 1 << 20, lambda chunk: None))
 
     for kind, compressed in (
         (".gz", gzip.compress(content)),

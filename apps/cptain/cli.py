@@ -168,6 +168,7 @@ def preprocess(
     force: bool,
 ) -> None:
     """Tokenize the text into Megatron's indexed datasets."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy begins a thread a core for it, and here is none to do
     from cptain.data.preprocess import preprocess as tokenize
 
     loaded = _load(run, overrides)

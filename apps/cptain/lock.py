@@ -68,6 +68,8 @@ def lock(file: Path, what: str) -> Iterator[Callable[[], None]]:
             break
         except FileExistsError:
             pass
+        except OSError as error:  # it names the words, not the link
+            raise OSError(error.errno, error.strerror, str(file)) from error
         try:
             held = os.readlink(file)
         except OSError:

@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
-
 SECONDS_BETWEEN_LINES = 30.0
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -47,6 +45,8 @@ class Progress:
         self._last_line = self._began
         self._bar = None
         if sys.stderr.isatty():
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 desc=label,
                 total=total,

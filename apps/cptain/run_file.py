@@ -131,7 +131,7 @@ class Data(Section):
     on_error: Literal["fail", "skip"] = "fail"
     strip: bool = False
     check_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
-    max_document_bytes: PositiveInt = 1 << 28
+    max_document_bytes: PositiveInt = 1 << 25
 
 
 class Parallel(Section):

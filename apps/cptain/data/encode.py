@@ -24,6 +24,7 @@ from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 
 _SLOT = 32 << 20  # bytes of address; only what is used takes memory
+_LONGEST_CHECKED = 1 << 20  # characters: Hugging Face's library takes a hundred bytes of memory for one of text
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Encoding:
             raise CptainError(f'{self.file}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
         texts = documents.texts
         ids, lengths = tokenizer.encode(texts)
+        checked = [place for place, text in enumerate(texts) if len(text) <= _LONGEST_CHECKED]
         sample = random.Random(block.first_line)  # the same documents at every run
-        for place in sample.sample(range(len(texts)), min(len(texts), ceil(len(texts) * self.check_fraction))):
+        for place in sample.sample(checked, min(len(checked), ceil(len(checked) * self.check_fraction))):
             end = int(lengths[: place + 1].sum())
             if not tokenizer.check(texts[place], ids[end - int(lengths[place]) : end]):
-                line = documents.line(place) if documents.sequences is None else block.first_line
+                line = documents.line(documents.of_text(place))
                 raise CptainError(
                     f"{self.file}:{line}: {tokenizer.backend} gives other ids than Hugging Face here "
                     "(--backend hf is slower and exact; please tell us of it)"
@@ -139,20 +141,23 @@ def _put(block: reader.Block, slot: mmap.mmap) -> tuple[reader.Block, int | None
     """Lay a block into a slot: the block without what lies there, and how many bytes that is. Rows are sent."""
     if isinstance(block.content, list):
         return block, None
-    size = memoryview(block.content).nbytes
+    size = sum(map(len, block.content))
     if size > _SLOT:
-        return replace(block, content=bytes(block.content)), None
-    slot[:size] = block.content
-    return replace(block, content=b""), size
+        return replace(block, content=(b"".join(block.content),)), None
+    slot.seek(0)
+    for piece in block.content:
+        slot.write(piece)
+    return replace(block, content=()), size
 
 
 def _encode_in(number: int, block: reader.Block, size: int | None) -> _Answer:
     slot = _slots[number]
-    encoded = _encode(block if size is None else replace(block, content=slot[:size]))
+    encoded = _encode(block if size is None else replace(block, content=(slot[:size],)))
     ids = encoded.documents.ids
     if ids.nbytes > _SLOT:
         return encoded, None
-    slot[: ids.nbytes] = ids.tobytes()
+    slot.seek(0)
+    slot.write(ids.data)
     return replace(encoded, documents=replace(encoded.documents, ids=ids[:0])), len(ids)
 
 

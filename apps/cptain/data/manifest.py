@@ -33,6 +33,7 @@ class Record:
         key: the key of the texts.
         on_error: what was done with bad lines.
         strip: whether white space was cut off the texts.
+        max_document_bytes: a longer line was a bad one.
         tokenizer: hash of the tokenizer (`cptain.data.tokenizer.tokenizer_hash`).
         documents: documents written.
         tokens: ids written, BOS and EOD included.
@@ -52,6 +53,7 @@ class Record:
     key: str
     on_error: str
     strip: bool
+    max_document_bytes: int
     tokenizer: str
     sha256: str = ""
     documents: int = 0
@@ -65,7 +67,8 @@ class Record:
 
     def same_input(self, other: "Record") -> bool:
         """Whether both describe the same work: file, options and tokenizer."""
-        keys = ("input", "prefix", "bytes", "mtime_ns", "fingerprint", "key", "on_error", "strip", "tokenizer")
+        keys = ["input", "prefix", "bytes", "mtime_ns", "fingerprint"]
+        keys += ["key", "on_error", "strip", "max_document_bytes", "tokenizer"]
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def missing_output(self, data_folder: Path) -> str | None:

@@ -1,7 +1,8 @@
 """preprocess: input files → one .bin/.idx pair each, and manifest.json.
 
-Files are the unit of work: each belongs to one process, which shares its cores out among the file's blocks where there
-are more cores than files. What is complete and unchanged is skipped by a later run.
+Files are the unit of work: each belongs to one process, which shares the file's blocks out among processes of its own
+where the file is a larger part of all bytes than one core is of all cores. What is complete and unchanged is skipped by
+a later run.
 """
 
 import glob
@@ -25,12 +26,13 @@ from cptain.data.manifest import FILE_NAME, Record, fingerprint, remove_record, 
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
 from cptain.data.tokenizer import Tokenizer, tokenizer_hash
-from cptain.errors import CptainError, Interrupted
+from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
 _WILDCARD = ("*", "?", "[")
 _FOLDERS_SHOWN = 40
+_CORES_A_FILE = 32  # the process that reads a file feeds no more, and shares 9 MB of memory with each
 _Work = Callable[[Task, Tokenizer, int, Read], Record]
 
 
@@ -41,19 +43,48 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:wild])
 
 
+def _every_folder_opens(pattern: str) -> None:
+    """Raise what glob says nothing of: a folder below a ** that cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    before, recursive, _ = pattern.partition("**")
+    for folder in glob.glob(before) if recursive else ():
+        for _ in os.walk(folder, onerror=refuse):
+            pass
+
+
+def _is_a_file_with_a_name(file: Path) -> None:
+    if not file.is_file():
+        raise CptainError(f"data.input: {file}: no regular file, or a link to nothing: mend it, or take it away")
+    if not reader.stem(file):
+        raise CptainError(f"data.input: {file}: has no name before its suffix: rename it")
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise CptainError(f"data.input: {os.fsencode(file)!r}: a name that is not UTF-8: rename it") from None
+
+
 def input_files(patterns: list[str]) -> dict[str, Path]:
     """The files that the globs match, by the path their pair gets: folders kept below the globs' common folder, suffix
     cut.
 
     Raises:
-        CptainError: a glob that matches nothing, or two files with one name for their pairs.
+        CptainError: a glob that matches nothing, a match that is no file, or two files with one name for their pairs.
+        OSError: a folder that cannot be listed.
     """
     matched: dict[Path, None] = {}
     for pattern in patterns:
+        _every_folder_opens(pattern)
         files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-        wanted = [file for file in files if file.is_file() and file.name.endswith(reader.SUFFIXES)]
+        wanted = [file for file in files if file.name.endswith(reader.SUFFIXES) and not file.is_dir()]
+        for file in wanted:
+            _is_a_file_with_a_name(file)
         if not wanted:
             other = f" ({len(files)} other files)" if files else ""
+            if Path(pattern).is_dir():
+                other = f": it is a folder: write {pattern}/**/*"
             raise CptainError(f"data.input: {pattern} matches no {', '.join(reader.SUFFIXES)} file{other}")
         matched.update(dict.fromkeys(wanted))
     root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in patterns]))
@@ -80,6 +111,7 @@ def _tasks(run: RunFile, tokenizer: str, force: bool) -> list[Task]:
             key=data.key,
             on_error=data.on_error,
             strip=data.strip,
+            max_document_bytes=data.max_document_bytes,
             tokenizer=tokenizer,
         )
         encoding = Encoding(
@@ -123,17 +155,19 @@ def _worker(task: Task) -> Record:
 
 def _stop(*_: object) -> None:
     global _stopping
-    _stopping = True
-    if _working:  # between two tasks there is nothing to clean up, and the pool ends the process itself
+    if not _working:  # there is nothing to clean up
+        os._exit(FAILED)
+    if not _stopping:
+        _stopping = True
         raise Interrupted("SIGTERM")
 
 
-def _begin_worker(work: _Work, tokenizer: Tokenizer, cores: int, queue: Any) -> None:
+def _begin_worker(work: _Work, tokenizer: Tokenizer, cores: Callable[[Task], int], queue: Any) -> None:
     global _work
     signal.signal(signal.SIGTERM, _stop)  # the parent's word to stop: clean up on the way out
 
     def work_on(task: Task) -> Record:
-        return work(task, tokenizer, cores, lambda read, tokens: queue.put((task.record.prefix, read, tokens)))
+        return work(task, tokenizer, cores(task), lambda read, tokens: queue.put((task.record.prefix, read, tokens)))
 
     _work = work_on
 
@@ -142,12 +176,16 @@ def _work_through(
     tasks: list[Task], work: _Work, tokenizer: Tokenizer, workers: int, progress: Progress
 ) -> Iterator[Record]:
     """Do `work` on every file, biggest first, and yield records as files are done."""
-    # A core for each file; where there are fewer files, they share those that are over.
     meter, processes = _Meter(progress), min(workers, len(tasks))
-    cores = max(1, workers // max(1, processes))
+    total = max(1, sum(task.record.bytes for task in tasks))
+
+    def cores(task: Task) -> int:
+        """The file's share of all cores, by its bytes, so that one large file among small ones does not end alone."""
+        return min(_CORES_A_FILE, max(1, round(workers * task.record.bytes / total)))
+
     if processes <= 1:
         for task in tasks:
-            yield work(task, tokenizer, cores, partial(meter.read, task.record.prefix))
+            yield work(task, tokenizer, cores(task), partial(meter.read, task.record.prefix))
         return
     queue = CONTEXT.SimpleQueue()
     with process_pool(processes, _begin_worker, work, tokenizer, cores, queue) as pool:
@@ -221,10 +259,8 @@ def preprocess(
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
     """
-    if not count_only:
-        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
-            remove_stale_partials(folder)
-    every = _tasks(run, tokenizer_hash(model_folder(run.tokenizer)), force)
+    digest = tokenizer_hash(model_folder(run.tokenizer))
+    every = _tasks(run, digest, force)
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]
     if verify_inputs:
@@ -236,13 +272,15 @@ def preprocess(
     todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
-    begun = sum(1 for task in todo if task.half_written())
-    if begun and not count_only:
-        print(f"preprocess: {begun} files were begun and not finished: they are done from their start", file=sys.stderr)
+    if not count_only:
+        if begun := sum(1 for task in todo if task.half_written()):
+            print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
+        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
+            remove_stale_partials(folder)
     if todo:
         if not count_only:
             (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
-        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend)
+        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend, digest)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from multiprocessing import connection
+from typing import Any, cast
 
 from cptain.errors import CptainError
 
@@ -35,7 +36,8 @@ def _begin(parent: int, begin: Callable[..., None], arguments: tuple[Any, ...]) 
 def process_pool(count: int, begin: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` processes, each of which first calls `begin` with `arguments`, which are not pickled.
 
-    Where the block ends with an exception the processes get SIGTERM, and it waits for them.
+    Where the block ends with an exception the processes get SIGTERM until they are gone: one that is signalled before
+    it has run at all forgets it, and another may wait for a lock that a third took to its grave.
 
     Raises:
         CptainError: one of them died.
@@ -44,8 +46,13 @@ def process_pool(count: int, begin: Callable[..., None], *arguments: Any) -> Ite
     try:
         yield pool
     except BaseException as error:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
+        left = {process.sentinel: process for process in (pool._processes or {}).values()}
+        while left:
+            for process in left.values():
+                process.terminate()
+            for ended in connection.wait(list(left), timeout=0.2):
+                del left[cast(int, ended)]
+        cast(Any, pool)._result_queue._writer.close()  # a result that one was sending will not go on
         pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise CptainError(
