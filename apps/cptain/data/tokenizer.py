@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -110,6 +110,7 @@ class Tokenizer:
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(_fastokens, serialized) if backend == "auto" else None
             self._hf: Any = _hf(serialized)
+            wait([first] if first else [])  # a signal may end this wait, and must not end the join of a thread at work
         self.backend = "tokenizers, of Hugging Face" + ("" if first else " (--backend hf)")
         refused = []
         for name, load in (("fastokens", first.result), ("splintr-rs", partial(_splintr, serialized))) if first else ():
