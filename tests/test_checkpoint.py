@@ -157,6 +157,36 @@ def test_a_second_convert_skips_and_a_changed_model_is_converted_again(make_mode
     assert cptain("verify", weights.parent, load_run(file).megatron_folder).exit_code == 0
 
 
+def test_a_release_without_its_common_state_is_converted_again(make_run: RunFileMaker) -> None:
+    file = make_run()
+    assert cptain("convert", file).exit_code == 0
+    common = load_run(file).megatron_folder / "release" / "common.pt"
+    common.unlink()
+    result = cptain("verify", load_run(file).model.hf, load_run(file).megatron_folder)
+    assert result.exit_code == 1
+    assert "release: not a complete torch_dist checkpoint: it has no common.pt" in result.output
+    assert " → " in cptain("convert", file).output
+    assert common.exists()
+
+
+def test_training_from_what_was_converted_from_another_or_a_changed_model_is_refused(
+    make_model_run: Any, make_ready_run: RunFileMaker
+) -> None:
+    file = make_model_run()
+    for stage in ("preprocess", "convert"):
+        assert cptain(stage, file).exit_code == 0
+    assert cptain("train", file, "--cpu", "--dry-run").exit_code == 0
+    weights = Path(load_run(file).model.hf) / "model.safetensors"
+    os.utime(weights)
+    result = cptain("train", file, "--cpu", "--dry-run")
+    assert result.exit_code == 1
+    assert re.search(r"model.safetensors: changed since .*release was made of it: run convert again", result.output)
+    weights.unlink()
+    assert cptain("train", file, "--cpu", "--dry-run").exit_code == 0
+    other = cptain("train", make_ready_run(), "--cpu", "--dry-run", "--set", f"model.hf='{weights.parent}'")
+    assert "and model.hf is" in other.output, other.output
+
+
 def test_convert_keeps_a_few_tensors_in_memory_whatever_the_model(tmp_path: Path, make_run: RunFileMaker) -> None:
     hidden, ffn, layers, vocabulary = 1024, 4096, 24, 1000
     shapes = {

@@ -192,6 +192,45 @@ def test_the_model_card_names_the_base_on_the_hub_and_keeps_its_licence(
         assert (folder / name).read_text() == name
 
 
+def test_nothing_of_the_base_comes_along_that_is_secret_or_of_its_own_weights(
+    file: Path, model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    others = (".env", "trainer_state.json", "optimizer.pt", "tf_model.h5", "model.onnx", "verify.json", "x.index.json")
+    for name in others:
+        (base / name).write_text(name)
+    folder = export(file, "--set", f"model.hf='{base}'")
+    assert {path.name for path in folder.iterdir()} == {
+        *({path.name for path in model.iterdir()} | {"README.md", "model.safetensors.index.json"})
+    }
+    (folder / "tokenizer.json").unlink()
+    (folder / "README.md").write_text("edited")
+    assert " → " in cptain("export", file, "--iteration", 1, "--set", f"model.hf='{base}'").output
+    assert (folder / "tokenizer.json").exists()
+    assert (folder / "README.md").read_text() == "edited"
+    export(file, "--set", f"model.hf='{base}'", "--force")
+    assert (folder / "README.md").read_text() != "edited"
+
+
+def test_all_exports_what_it_can_where_one_checkpoint_is_damaged(file: Path) -> None:
+    (load_run(file).checkpoints_folder / "iter_0000002" / ".metadata").unlink()
+    result = cptain("export", file, "--iteration", "all")
+    assert result.exit_code == 1
+    assert exported(file) == ["iter_0000001", "iter_0000030"]
+    assert "iter_0000002: not a complete torch_dist checkpoint: it has no .metadata" in result.output
+    assert result.output.endswith("cptain: export: 1 of 3 could not be exported\n")
+
+
+def test_verify_json_names_no_path_of_this_machine_and_a_quick_look_does_not_replace_it(file: Path) -> None:
+    folder = export(file)
+    checkpoint = load_run(file).checkpoints_folder / "iter_0000001"
+    assert cptain("verify", folder, checkpoint).exit_code == 0
+    record = json.loads((folder / "verify.json").read_text())
+    assert (record["a"], record["b"], record["sample"]) == (".", "../../checkpoints/iter_0000001", False)
+    assert cptain("verify", folder, checkpoint, "--sample").exit_code == 0
+    assert json.loads((folder / "verify.json").read_text()) == record
+
+
 def test_a_card_of_the_base_that_cannot_be_read_is_no_obstacle(file: Path, model: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(model, tmp_path / "base"))
     (base / "README.md").write_bytes(b"---\n\xff: [\n---\n")

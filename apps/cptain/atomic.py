@@ -52,7 +52,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(final: Path, error: BaseException) -> None:
+def cannot_write(final: Path, error: BaseException) -> None:
     """Raise the one-line error of a disk that takes no more; a write() that fails does not say on which file."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         raise CptainError(f"{final}: cannot be written: {error.strerror}") from error
@@ -71,7 +71,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     except BaseException as error:
         _remove(partial)
-        _cannot_write(final, error)
+        cannot_write(final, error)
         raise
 
 
@@ -110,7 +110,7 @@ def renamed_folder(folder: Path, final: Path) -> Iterator[None]:
         if not final.exists():
             with suppress(OSError):  # nothing was there, or another process's is now
                 os.rename(replaced, final)
-        _cannot_write(final, error)
+        cannot_write(final, error)
         raise
     finally:
         if final.exists():

@@ -266,7 +266,11 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
     help="Of the weights.  [default: as they were trained]",
 )
 @click.option(
-    "--shard-size", type=_Bytes(), default="5GB", show_default=True, help="No file of weights grows over this."
+    "--shard-size",
+    type=_Bytes(),
+    default="5GB",
+    show_default=True,
+    help="No file of weights grows over this, unless by a single tensor.",
 )
 @_workers_option
 @_force_option("Export")
@@ -284,11 +288,13 @@ def export(
     import torch
 
     from cptain.checkpoint.export import export as export_model
-    from cptain.checkpoint.export import iterations
+    from cptain.checkpoint.export import export_all, iterations
 
     weights = getattr(torch, dtype) if dtype else None
-    for one in iterations(loaded, iteration):
-        export_model(loaded, one, _threads(workers), force, weights, shard_size)
+    export_all(
+        iterations(loaded, iteration),
+        lambda one: export_model(loaded, one, _threads(workers), force, weights, shard_size),
+    )
 
 
 @main.command()

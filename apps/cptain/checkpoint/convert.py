@@ -36,8 +36,11 @@ _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry
 def _source(folder: Path, reader: SafetensorsReader) -> dict[str, Any]:
     """What a release was made of, kept beside it so that a changed model is converted again."""
     files = [folder / "config.json", *reader.files]
-    stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    return {"model": str(folder), "files": stats}
+    return {"model": str(folder), "files": {file.name: _stat(file) for file in files}}
+
+
+def _stat(file: Path) -> list[int]:
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _is_done(root: Path, source: dict[str, Any]) -> bool:
@@ -51,14 +54,17 @@ def _is_done(root: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def check_converted_from(root: Path, architecture: Architecture) -> None:
-    """Refuse a release that was converted from a model of another config.json: most of it shows in no tensor's shape.
+def check_converted_from(root: Path, architecture: Architecture, folder: Path) -> None:
+    """Refuse a release that was converted from another model than the one in `folder`: of the weights nothing shows in
+    a tensor's shape, and of config.json little.
 
     Raises:
-        CptainError: which value differs.
+        CptainError: which value, model or file differs. Weights that are no longer there are not missed.
     """
     try:
-        recorded = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))["architecture"]
+        record = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))
+        recorded, source = record["architecture"], record["source"]
+        files: dict[str, list[int]] = source["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # converted by another tool
     for key, value in asdict(architecture).items():
@@ -67,6 +73,13 @@ def check_converted_from(root: Path, architecture: Architecture) -> None:
                 f"{root / RELEASE}: converted from a model with {key} = {recorded[key]}, "
                 f"where model.hf has {value}: run convert again"
             )
+    if source["model"] != str(folder):
+        raise CptainError(
+            f"{root / RELEASE}: converted from {source['model']}, and model.hf is {folder}: run convert again"
+        )
+    for name, stat in files.items():
+        if (folder / name).exists() and _stat(folder / name) != stat:
+            raise CptainError(f"{folder / name}: changed since {root / RELEASE} was made of it: run convert again")
 
 
 def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None:

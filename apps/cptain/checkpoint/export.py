@@ -6,12 +6,13 @@ vocabulary padding is cut off. The weights keep the dtype they were trained in u
 config.json says which, in the words of transformers 4 and of 5.
 """
 
+import filecmp
 import json
 import shutil
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,10 @@ from cptain.errors import CptainError
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
-# Weights, and what is about the base model alone.
-_LEFT_BEHIND = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pth",
-    ".gguf",
-    ".gitattributes",
-    MODEL_CARD,
-)
+# What is carried over from the base model: tokenizer, templates, licences; never weights in any format, hidden files
+# or what is about the base model alone.
+_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "LICENSE", "LICENCE", "NOTICE")
+_LEFT_BEHIND = ("config.json", "trainer_state.json", "verify.json", MODEL_CARD)
 SHARD_BYTES = 5 * 10**9  # as transformers has it
 
 
@@ -128,11 +122,17 @@ def _config_json(base: Path, dtype: torch.dtype) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _carry_over(source: Path, target: Path) -> None:
-    """Copy everything but weights and what is about the base model alone."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_LEFT_BEHIND):
-            shutil.copyfile(file, target / file.name)
+def _carried(base: Path) -> list[Path]:
+    """The files of the base model that an export has too."""
+    return [
+        file
+        for file in sorted(base.iterdir())
+        if file.is_file()
+        and file.name.endswith(_CARRIED)
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in _LEFT_BEHIND
+    ]
 
 
 def iterations(run: RunFile, which: int | str) -> list[int | None]:
@@ -221,24 +221,51 @@ def export(
             shard_bytes,
         )
         config = _config_json(base, dtype)
-        if not force and _is_done(target, reader.saved_at, writer, config):
+        if not force and _is_done(target, base, reader.saved_at, writer, config):
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return target
         began = time.monotonic()
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
             writer.finish(partial)
-            _carry_over(base, partial)
+            for file in _carried(base):
+                shutil.copyfile(file, partial / file.name)
             (partial / "config.json").write_text(config, encoding="utf-8")
-            (partial / MODEL_CARD).write_text(model_card(run, base, iteration), encoding="utf-8")
+            if (target / MODEL_CARD).exists() and not force:  # it may have been edited
+                shutil.copyfile(target / MODEL_CARD, partial / MODEL_CARD)
+            else:
+                (partial / MODEL_CARD).write_text(model_card(run, base, iteration), encoding="utf-8")
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return target
 
 
-def _is_done(target: Path, saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
+def export_all(which: list[int | None], one: Callable[[int | None], Path]) -> None:
+    """Export several iterations; one that cannot be is named, and the others are exported all the same.
+
+    Raises:
+        CptainError: one could not be exported.
+    """
+    errors: list[CptainError] = []
+    for iteration in which:
+        try:
+            one(iteration)
+        except CptainError as error:
+            errors.append(error)
+            if len(which) > 1:
+                print(f"export: {error}", file=sys.stderr)
+    if errors:
+        raise (
+            errors[0]
+            if len(which) == 1
+            else CptainError(f"export: {len(errors)} of {len(which)} could not be exported")
+        )
+
+
+def _is_done(target: Path, base: Path, saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
     """Whether what would be written is there, and newer than the checkpoint."""
     try:
-        unchanged = (target / "config.json").read_text(encoding="utf-8") == config
+        unchanged = (target / "config.json").read_text(encoding="utf-8") == config and (target / MODEL_CARD).exists()
+        unchanged &= all(filecmp.cmp(file, target / file.name, shallow=False) for file in _carried(base))
         return unchanged and target.stat().st_mtime_ns > saved_at and writer.is_written(target)
     except OSError:
         return False

@@ -73,7 +73,7 @@ def _rows(run: RunFile, base: Path, step: int) -> list[tuple[str, str]]:
         ("sequence length", f"{train.seq_length:,}"),
         ("global batch size", f"{train.global_batch_size:,} sequences"),
         ("learning rate", f"{train.lr:g}, cosine to {train.min_lr:g}, {train.warmup_steps:,} steps of warm-up"),
-        ("precision", train.precision),
+        ("training precision", train.precision),
         ("parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"),
         ("other Megatron arguments", " ".join(f"`{'…' if '/' in word else word}`" for word in train.megatron_args)),
         ("software", _software(run)),

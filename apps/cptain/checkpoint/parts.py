@@ -79,7 +79,11 @@ class SharedFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self._parts / f"{self._number}.lock", name) as beat:
             self._mark(self._number).unlink(missing_ok=True)
-            yield beat
+            try:
+                yield beat
+            except OSError as error:
+                atomic.cannot_write(self.folder, error)
+                raise
             atomic.write_text(self._mark(self._number), "")
 
     @contextmanager

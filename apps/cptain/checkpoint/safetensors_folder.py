@@ -64,6 +64,11 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     try:
         size = file.stat().st_size
         with open(file, "rb") as raw:
+            if raw.read(19) == b"version https://git":
+                raise ValueError("it is Git LFS's pointer to the weights: git lfs pull brings them")
+            if size < 8:
+                raise ValueError(f"truncated: {size} bytes")
+            raw.seek(0)
             (length,) = struct.unpack("<Q", raw.read(8))
             if length > min(_LONGEST_HEADER, size - 8):
                 raise ValueError(f"its header claims {length} bytes")

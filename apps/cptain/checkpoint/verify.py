@@ -5,6 +5,7 @@ through the same rules that convert and export use; two of a kind under their ow
 Vocabulary padding, which is Megatron's own, is left out.
 """
 
+import os
 import random
 import re
 import sys
@@ -102,13 +103,16 @@ def resolve(folder: Path) -> Path:
     """
     folder = folder.absolute()
     if not folder.is_dir():
-        raise CptainError(f"{folder}: no such folder")
+        raise CptainError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (folder / TRACKER).is_file():
         return iteration_folder(folder, read_tracker(folder))
     known = ("config.json", ".metadata", "metadata.json")
     if any((folder / name).is_file() for name in known) or is_legacy(folder):
         return folder
-    raise CptainError(f"{folder}: neither a Hugging Face model (config.json) nor a torch_dist checkpoint (.metadata)")
+    raise CptainError(
+        f"{folder}: neither a Hugging Face model (config.json) nor a torch_dist checkpoint (.metadata) "
+        "nor a legacy one (mp_rank_*)"
+    )
 
 
 def _is_hf(folder: Path) -> bool:
@@ -255,6 +259,14 @@ def _print_table(rows: list[Difference]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def _record(folder: Path, record: dict[str, Any]) -> None:
+    """Write verify.json, whose paths are relative to the folder: it may be published. A quick look replaces no full
+    comparison."""
+    file = folder / "verify.json"
+    if not (record["sample"] and file.exists()):
+        atomic.write_json(file, record)
+
+
 def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: bool = False) -> None:
     """Compare two checkpoints and print the table.
 
@@ -298,8 +310,6 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
     click.echo(f"\n{equal} of {len(rows)} tensors bit-equal" + (", as far as 1 MB of each shows" if sample else ""))
     record: dict[str, Any] = {
         "cptain": __version__,
-        "a": str(folders[0]),
-        "b": str(folders[1]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(time.monotonic() - began, 1),
         "sample": sample,
@@ -316,7 +326,9 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
         )
     for folder, other in (folders, folders[::-1]):
         if _is_hf(folder) and _EXPORT.fullmatch(folder.name) and other.name == folder.name:
-            atomic.write_json(folder / "verify.json", record)
+            _record(
+                folder, {**record, "a": os.path.relpath(folders[0], folder), "b": os.path.relpath(folders[1], folder)}
+            )
     if equal != len(rows):
         raise CptainError(f"verify: {len(rows) - equal} of {len(rows)} tensors differ")
     if logits and not record["logits"]["equal"]:

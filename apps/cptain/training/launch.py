@@ -127,7 +127,7 @@ def _start(run: RunFile, architecture: Architecture) -> int | None:
         check_checkpoint(reader, architecture)
         reader.check_objects()
     if not resume:
-        check_converted_from(root, architecture)
+        check_converted_from(root, architecture, model_folder(run.model.hf))
     return iteration if resume else None
 
 
