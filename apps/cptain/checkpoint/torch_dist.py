@@ -266,13 +266,10 @@ class TorchDistReader(FolderFiles):
         except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise CptainError(f"{folder / _METADATA}: cannot be read: {one_line(error)}") from error
         self._check_files()
-        if (
-            not any(name.startswith("common_state/") for name in self._objects)
-            and not (folder / _COMMON_FILE).is_file()
-        ):
-            raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no {_COMMON_FILE}")
         if (folder / _COMMON_FILE).is_file():
             self._check_object(_COMMON_FILE, _Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size))
+        elif not any(name.startswith("common_state/") for name in self._objects):
+            raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no {_COMMON_FILE}")
 
     def _read_metadata(self, metadata: Any) -> None:
         if not is_a(metadata, "Metadata"):

@@ -55,7 +55,7 @@ def is_a(value: Any, name: str) -> bool:
     return isinstance(value, Stub) and type(value).__name__.endswith(name)
 
 
-# Their classes. Functions would do things when Megatron itself loads the checkpoint.
+# Packages whose classes may be named. Functions would do things when Megatron itself loads the checkpoint.
 _PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
 
 
