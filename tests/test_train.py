@@ -33,6 +33,15 @@ def last_line(result: Result) -> str:
     return result.output.strip().splitlines()[-1]
 
 
+def wait_for_text(run_file: Path, text: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(text in log.read_text() for log in train_logs(load_run(run_file).logs_folder)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} was not in the log in 120 s")
+
+
 def wait_for_step(run_file: Path, number: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -415,6 +424,28 @@ def test_what_megatron_refuses_is_exit_1_with_its_own_reason(
     assert result.exit_code == 1
     assert last_line(result).startswith("cptain: train: ")
     assert message in last_line(result)
+
+
+def test_a_signal_costs_no_line_of_the_log(make_ready_run: RunFileMaker, tmp_path: Path) -> None:
+    script = """
+import itertools, signal
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+for number in itertools.count():
+    print("line", number)
+    if asked:
+        raise SystemExit
+"""
+    (tmp_path / "prints.py").write_text(script)
+    file = make_ready_run(train__script="prints.py")
+    process = cptain_process("train", file, "--cpu")
+    wait_for_text(file, "line 5000\n")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    (log,) = train_logs(load_run(file).logs_folder)
+    numbers = [int(number) for number in re.findall(r"^line (\d+)$", log.read_text(), re.MULTILINE)]
+    assert numbers == list(range(len(numbers)))
 
 
 def test_a_script_that_exits_0_without_training_is_a_failure(make_ready_run: RunFileMaker, tmp_path: Path) -> None:

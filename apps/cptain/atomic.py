@@ -43,6 +43,14 @@ def remove_stale_partials(folder: Path) -> None:
             _remove(path)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that other processes may be looking at: it is whole until it is gone."""
+    aside = _partial(folder)
+    with suppress(OSError):
+        os.rename(folder, aside)
+        _remove(aside)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (a rename is not, until the folder itself is on disk)."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -107,14 +115,13 @@ def renamed_folder(folder: Path, final: Path) -> Iterator[None]:
         _take_name(folder, final, replaced)
         fsync_folder(final.parent)
     except BaseException as error:
-        if not final.exists():
-            with suppress(OSError):  # nothing was there, or another process's is now
-                os.rename(replaced, final)
-        cannot_write(final, error)
-        raise
-    finally:
+        with suppress(OSError):  # nothing was moved aside, or the name is taken
+            os.rename(replaced, final)
         if final.exists():
             _remove(replaced)
+        cannot_write(final, error)
+        raise
+    _remove(replaced)  # whatever has the name now: another process may be replacing it in turn
 
 
 @contextmanager

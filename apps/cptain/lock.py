@@ -19,6 +19,10 @@ _BETWEEN_BEATS = 30.0
 _PATIENCE = 3.0  # a killed process takes a moment to be gone
 
 
+class Held(CptainError):
+    """Another process, which lives, has the lock."""
+
+
 def process_start(pid: int) -> str | None:
     """When a process began, in ticks since boot: a number that is used again has another. None where it is gone."""
     try:
@@ -57,15 +61,17 @@ def lock(file: Path, what: str) -> Iterator[Callable[[], None]]:
         What to call every few seconds to minutes, so that other nodes see that this process lives.
 
     Raises:
-        CptainError: another process holds it.
+        Held: another process holds it.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     words = "|".join((*_where(), str(os.getpid()), str(process_start(os.getpid()))))
     began = time.monotonic()
     while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.symlink(words, file)
             break
+        except FileNotFoundError:
+            continue  # another process has just removed the folder
         except FileExistsError:
             pass
         except OSError as error:  # it names the words, not the link
@@ -82,9 +88,7 @@ def lock(file: Path, what: str) -> Iterator[Callable[[], None]]:
         elif time.monotonic() - began > _PATIENCE:
             host, _, pid, _ = held.split("|")
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.lstat().st_ctime))
-            raise CptainError(
-                f"{what}: process {pid} on {host} is at it (seen {since}): wait until it is done, or stop it"
-            )
+            raise Held(f"{what}: process {pid} on {host} is at it (seen {since}): wait until it is done, or stop it")
         else:
             time.sleep(0.1)
     last = time.monotonic()

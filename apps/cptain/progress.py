@@ -73,7 +73,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: threads may speak at once
 
     def _line(self) -> str:
         speed = (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)

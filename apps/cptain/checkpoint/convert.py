@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -239,29 +240,27 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
                 finish(partial)
         else:
             shared = SharedFolder(release, json.dumps(source), writer.files, part)
-            if not _write_part(shared, part, workers):
+            shared.write(lambda: _is_done(root, source), lambda beat: _write_part(shared, part, workers, beat))
+            missing = shared.missing()
+            left = (
+                f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
+            )
+            print(f"convert: part {part[0]} of {part[1]} is done{left}", file=sys.stderr)
+            if missing or not shared.finish(lambda: finish(shared.folder)):
+                if _is_done(root, source):  # by another process, whose parts this one may have made again to look
+                    remove_parts(release, finished=True)
                 return root
-            with shared.finished():
-                finish(shared.folder)
-        remove_parts(release)
         write_tracker(root, None)
+        remove_parts(release)
         print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
     return root
 
 
-def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int) -> bool:
-    """Write this part unless it is done; whether all are done then."""
-    number, count = part
-    if number in shared.missing():
-        size = sum(file.bytes for file in shared.files)
-        with Progress(f"convert {number}/{count}", size, "B") as progress, shared.written() as beat:
+def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int, beat: Callable[[], None]) -> None:
+    with Progress(f"convert {part[0]}/{part[1]}", sum(file.bytes for file in shared.files), "B") as progress:
 
-            def advance(count: int, name: str) -> None:
-                progress.advance(count, name)
-                beat()
+        def advance(count: int, name: str) -> None:
+            progress.advance(count, name)
+            beat()
 
-            write_files(shared.folder, shared.files, workers, advance)
-    missing = shared.missing()
-    left = f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
-    print(f"convert: part {number} of {count} is done{left}", file=sys.stderr)
-    return not missing
+        write_files(shared.folder, shared.files, workers, advance)

@@ -13,6 +13,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -231,10 +232,11 @@ def export(
             for file in _carried(base):
                 shutil.copyfile(file, partial / file.name)
             (partial / "config.json").write_text(config, encoding="utf-8")
-            if (target / MODEL_CARD).exists() and not force:  # it may have been edited
-                shutil.copyfile(target / MODEL_CARD, partial / MODEL_CARD)
-            else:
-                (partial / MODEL_CARD).write_text(model_card(run, base, iteration), encoding="utf-8")
+            card = b""
+            if not force:  # it may have been edited
+                with suppress(FileNotFoundError):
+                    card = (target / MODEL_CARD).read_bytes()
+            (partial / MODEL_CARD).write_bytes(card or model_card(run, base, iteration).encode())
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return target
 

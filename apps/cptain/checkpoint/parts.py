@@ -6,14 +6,12 @@ mark for every part that is done. Whoever finds all parts done finishes the fold
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from cptain import atomic
 from cptain.checkpoint.streaming import FilePlan
-from cptain.lock import lock
+from cptain.lock import Held, lock
 
 
 def share(files: list[FilePlan], number: int, count: int) -> list[FilePlan]:
@@ -28,10 +26,10 @@ def share(files: list[FilePlan], number: int, count: int) -> list[FilePlan]:
 
 def remove_parts(final: Path, finished: bool = False) -> None:
     """Remove what is left of parts beside the folder `final`, which is done; where `finished`, only of those that
-    became it or an earlier one."""
+    became it or an earlier one. A process that still looks at them finds them gone at once, and not half there."""
     for folder in final.parent.glob(f".{final.name}.parts-*"):
         if not finished or not (folder / final.name).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            atomic.remove_folder(folder)
 
 
 class SharedFolder:
@@ -53,48 +51,60 @@ class SharedFolder:
         digest = hashlib.sha256(f"{work} {self._count} {[(file.name, file.bytes) for file in files]}".encode())
         self._parts = final.with_name(f".{final.name}.parts-{digest.hexdigest()[:16]}")
         self.folder = self._parts / final.name
-        self.files = share(files, *part)
-
-    def missing(self) -> list[int]:
-        """The parts that are not done: that have no mark, or a file that is not there whole."""
-        return [number for number in range(1, self._count + 1) if not self._is_done(number)]
+        self.files = self._share(self._number)
 
     def _is_done(self, number: int) -> bool:
-        files = [(self.folder / file.name, file.bytes) for file in share(self._every, number, self._count)]
-        whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
+        try:
+            whole = all((self.folder / file.name).stat().st_size == file.bytes for file in self._share(number))
+        except FileNotFoundError:
+            return False
         return whole and self._mark(number).is_file()
+
+    def _share(self, number: int) -> list[FilePlan]:
+        return share(self._every, number, self._count)
 
     def _mark(self, number: int) -> Path:
         return self._parts / f"{number}.done"
 
-    @contextmanager
-    def written(self) -> Iterator[Callable[[], None]]:
-        """Yield, while this part's files are written and flushed to disk, what to call every few seconds to minutes;
-        then the part is done.
+    def write(self, is_final: Callable[[], bool], write: Callable[[Callable[[], None]], None]) -> None:
+        """Write this part, unless that is done.
+
+        Args:
+            is_final: says whether the folder has its final name already.
+            write: writes the files of this part and flushes them to disk; it calls what it gets every few seconds to
+                minutes.
 
         Raises:
             CptainError: another process is at the same part.
         """
         name = f"part {self._number} of {self._count} of {self._final}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self._parts / f"{self._number}.lock", name) as beat:
+            if self._is_done(self._number) or is_final():
+                return
+            self.folder.mkdir(exist_ok=True)
             self._mark(self._number).unlink(missing_ok=True)
             try:
-                yield beat
+                write(beat)
             except OSError as error:
                 atomic.cannot_write(self.folder, error)
                 raise
             atomic.write_text(self._mark(self._number), "")
 
-    @contextmanager
-    def finished(self) -> Iterator[None]:
-        """Yield, when all parts are done, for the last touches; then the folder has its final name.
+    def missing(self) -> list[int]:
+        """Once this part was written: those that are not done, because they have no mark or a file that is not there
+        whole. None where another process has given the folder its final name."""
+        missing = [number for number in range(1, self._count + 1) if not self._is_done(number)]
+        return missing if self.folder.exists() else []
 
-        Raises:
-            CptainError: another process is finishing it.
-        """
-        with (
-            lock(self._parts / "finish.lock", f"the parts of {self._final}"),
-            atomic.renamed_folder(self.folder, self._final),
-        ):
-            yield
+    def finish(self, last_touches: Callable[[], None]) -> bool:
+        """When all parts are done, make the last touches and give the folder its final name; False where another
+        process is at that or has done it."""
+        try:
+            with lock(self._parts / "finish.lock", f"the parts of {self._final}"):
+                if not self.folder.exists():
+                    return False
+                with atomic.renamed_folder(self.folder, self._final):
+                    last_touches()
+                return True
+        except Held:
+            return False

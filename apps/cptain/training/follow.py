@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +33,11 @@ class Follower:
         self.last: Step | None = None
         self.tail: deque[str] = deque(maxlen=400)
         self._validated = 0
+
+    def follow(self, output: Iterable[str]) -> None:
+        """Read lines until there are no more."""
+        for line in output:
+            self.line(line)
 
     def line(self, line: str) -> None:
         self.log.write(line)

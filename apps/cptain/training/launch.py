@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,21 +360,22 @@ def train(run: RunFile, command: Command) -> None:
         )
         assert process.stdout is not None
         threading.Thread(target=_end_what_is_left, args=(process, error_file), daemon=True).start()
-        while True:
-            try:
-                for line in process.stdout:
-                    follower.line(line)
-                status = process.wait()
-                break
-            except Interrupted as interrupt:
-                if signalled:
-                    progress.say(f"train: {interrupt.signal_name} again: ending now, without saving")
-                    _end_now(process)
-                    status = process.returncode
+        with ThreadPoolExecutor(1) as reader:  # in this thread a signal would lose the line that it comes amid
+            read = reader.submit(follower.follow, process.stdout)
+            while True:
+                try:
+                    read.result()
+                    status = process.wait()
                     break
-                signalled = interrupt.signal_name
-                progress.say(f"train: {signalled}: saving after this step (again: end now)")
-                _ask_to_stop(process)
+                except Interrupted as interrupt:
+                    if signalled:
+                        progress.say(f"train: {interrupt.signal_name} again: ending now, without saving")
+                        _end_now(process)
+                        status = process.returncode
+                        break
+                    signalled = interrupt.signal_name
+                    progress.say(f"train: {signalled}: saving after this step (again: end now)")
+                    _ask_to_stop(process)
         reason = failure_reason(error_file, follower.tail)
     _verdict(run, command, follower, status, signalled, reason, log_file, failures)
 
