@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,18 @@ def last_line(result: Result) -> str:
     return result.output.strip().splitlines()[-1]
 
 
-def wait_for_text(run_file: Path, text: str) -> None:
+def wait_for(run_file: Path, what: str, is_in: Callable[[list[Path]], bool]) -> None:
+    """Wait until something is in the run's logs."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if any(text in log.read_text() for log in train_logs(load_run(run_file).logs_folder)):
+        if is_in(train_logs(load_run(run_file).logs_folder)):
             return
         time.sleep(0.1)
-    raise AssertionError(f"{text!r} was not in the log in 120 s")
+    raise AssertionError(f"{what} was not reached in 120 s")
 
 
 def wait_for_step(run_file: Path, number: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(step.number >= number for step in read_steps(train_logs(load_run(run_file).logs_folder))):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"step {number} was not reached in 120 s")
+    wait_for(run_file, f"step {number}", lambda logs: any(step.number >= number for step in read_steps(logs)))
 
 
 def test_the_real_megatron_trains_and_the_loss_falls(trained_run: Path) -> None:
@@ -439,7 +436,7 @@ for number in itertools.count():
     (tmp_path / "prints.py").write_text(script)
     file = make_ready_run(train__script="prints.py")
     process = cptain_process("train", file, "--cpu")
-    wait_for_text(file, "line 5000\n")
+    wait_for(file, "line 5000", lambda logs: any("line 5000\n" in log.read_text() for log in logs))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
