@@ -10,7 +10,7 @@ shown apart.
 
 A peer is a tree of Megatron-LM that still has a Hugging Face loader for tools/checkpoint/convert.py, or one of Megatron
 Bridge with its submodule, and a Python with what it imports. Both run on the CPU, without Transformer Engine, where
-cptain's own `training/cpu.py` answers for CUDA. A peer need not flush what it writes; that is done untimed, and before
+cptain's own `megatron/cpu.py` answers for CUDA. A peer need not flush what it writes; that is done untimed, and before
 the next command. `same values` is what `cptain verify` says of the model and of what was written.
 """
 
@@ -47,7 +47,7 @@ MEGATRON_LM = """
 import importlib.metadata, runpy, sys
 version = importlib.metadata.version
 importlib.metadata.version = lambda name: "2" if name == "transformer-engine" else version(name)
-from cptain.training.megatron_import import before_import, import_megatron
+from cptain.megatron.importing import before_import, import_megatron
 before_import(cpu=True)
 import_megatron(cpu=True)
 from megatron.training import arguments
@@ -63,7 +63,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 BRIDGE = """
 import sys
 from unittest.mock import MagicMock
-from cptain.training.megatron_import import before_import
+from cptain.megatron.importing import before_import
 before_import(cpu=True)
 import megatron.core.models.gpt.gpt_layer_specs, modelopt.torch
 for package, module in (("transformer_engine", "pytorch"), ("nvidia_resiliency_ext", "inprocess")):

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 import tomli_w
+from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, load_run
-from cptain.training.log import read_steps, train_logs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "runs"))
 from demo import make_model, make_text

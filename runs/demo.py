@@ -18,8 +18,8 @@ from typing import Any
 
 import zstandard
 from cptain.data.manifest import read_manifest
+from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import load_run
-from cptain.training.log import read_steps, train_logs
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO = PROJECT / "demo"

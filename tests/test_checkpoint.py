@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunFileMaker, as_if_trained, cptain, cptain_process, leftovers, rows_of
-from cptain.architecture import read_architecture
 from cptain.checkpoint.safetensors_folder import SafetensorsReader, SafetensorsWriter
 from cptain.checkpoint.streaming import write_files
 from cptain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from cptain.checkpoint.verify import compare_tensors, tensors
+from cptain.model.architecture import read_architecture
 from cptain.progress import Progress
 from cptain.run_file import load_run
 from safetensors.torch import load_file, save_file

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, TINY, make, write_run_file
+from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, load_run
-from cptain.training.log import read_steps, train_logs
 
 HOSTS = ("node0", "node1")
 USER = "jobuser"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RunFileMaker, as_if_trained, cptain
-from cptain.architecture import read_architecture
+from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
 from huggingface_hub import ModelCard
 from safetensors import safe_open

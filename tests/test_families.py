@@ -10,12 +10,12 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import RunFileMaker, as_if_trained, cptain, write_run_file
-from cptain.architecture import Architecture, read_architecture
 from cptain.checkpoint.logits import Logits, _in_process, _megatron
 from cptain.errors import CptainError
+from cptain.megatron.log import read_steps, train_logs
+from cptain.model.architecture import Architecture, read_architecture
 from cptain.run_file import load_run
 from cptain.training.flags import check_parallel
-from cptain.training.log import read_steps, train_logs
 from cptain.training.memory import parameters
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config

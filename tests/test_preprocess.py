@@ -32,7 +32,7 @@ def read_pair(prefix: Path) -> list[list[int]]:
     """The documents of a pair, by Megatron's own IndexedDataset, in a process of its own."""
     script = """
 import json, sys
-from cptain.training.megatron_import import before_import
+from cptain.megatron.importing import before_import
 before_import(cpu=True)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 data = IndexedDataset(sys.argv[1])

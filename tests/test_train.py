@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import RunFileMaker, cptain, cptain_process, write_jsonl
-from cptain.architecture import read_architecture
 from cptain.checkpoint.torch_dist import read_tracker
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError
+from cptain.megatron.log import parse_step, parse_validation, read_steps, train_logs
+from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.flags import check_parallel
-from cptain.training.log import parse_step, parse_validation, read_steps, train_logs
 from cptain.training.memory import parameters
 
 

@@ -213,8 +213,8 @@ def convert(
 def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc_per_node: int | None) -> None:
     """Train with Megatron-LM on this machine: from the converted checkpoint at first, then from the last one saved."""
     loaded = _load(run, overrides)
-    from cptain.training.launch import prepare
     from cptain.training.launch import train as start
+    from cptain.training.prepare import prepare
 
     command = prepare(loaded, cpu, nproc_per_node, dry_run)
     if dry_run:

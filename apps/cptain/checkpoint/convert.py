@@ -13,74 +13,24 @@ from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cptain import __version__
-from cptain.architecture import Architecture, model_folder, read_architecture
 from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
 from cptain.checkpoint.parts import SharedFolder, remove_parts
+from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Fill, write_files
-from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, TorchDistWriter, write_tracker
+from cptain.checkpoint.torch_dist import RELEASE, TorchDistWriter, write_tracker
 from cptain.errors import CptainError
+from cptain.model.architecture import Architecture, model_folder, read_architecture
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
-_SOURCE = "source.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry; it is computed
-
-
-def _source(folder: Path, reader: SafetensorsReader) -> dict[str, Any]:
-    """What a release was made of, kept beside it so that a changed model is converted again."""
-    files = [folder / "config.json", *reader.files]
-    return {"model": str(folder), "files": {file.name: _stat(file) for file in files}}
-
-
-def _stat(file: Path) -> list[int]:
-    return [file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def _is_done(root: Path, source: dict[str, Any]) -> bool:
-    try:
-        recorded = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))
-        if recorded["source"] != source or (root / TRACKER).read_text(encoding="utf-8").strip() != RELEASE:
-            return False
-        with TorchDistReader(root / RELEASE):
-            return True
-    except (OSError, ValueError, KeyError, TypeError, CptainError):
-        return False
-
-
-def check_converted_from(root: Path, architecture: Architecture, folder: Path) -> None:
-    """Refuse a release that was converted from another model than the one in `folder`: of the weights nothing shows in
-    a tensor's shape, and of config.json little.
-
-    Raises:
-        CptainError: which value, model or file differs. Weights that are no longer there are not missed.
-    """
-    try:
-        record = json.loads((root / RELEASE / _SOURCE).read_text(encoding="utf-8"))
-        recorded, source = record["architecture"], record["source"]
-        files: dict[str, list[int]] = source["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # converted by another tool
-    for key, value in asdict(architecture).items():
-        if recorded.get(key, value) != value:
-            raise CptainError(
-                f"{root / RELEASE}: converted from a model with {key} = {recorded[key]}, "
-                f"where model.hf has {value}: run convert again"
-            )
-    if source["model"] != str(folder):
-        raise CptainError(
-            f"{root / RELEASE}: converted from {source['model']}, and model.hf is {folder}: run convert again"
-        )
-    for name, stat in files.items():
-        if (folder / name).exists() and _stat(folder / name) != stat:
-            raise CptainError(f"{folder / name}: changed since {root / RELEASE} was made of it: run convert again")
 
 
 def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None:
@@ -214,9 +164,9 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
     architecture = read_architecture(folder)
     with SafetensorsReader(folder) as reader:
         check_tensors(reader, architecture)
-        source = _source(folder, reader)
+        source = source_of(folder, reader)
         remove_stale_partials(root)
-        if not force and _is_done(root, source):
+        if not force and is_converted(root, source):
             remove_parts(release, finished=True)
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
             return root
@@ -225,7 +175,7 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
 
         def finish(folder: Path) -> None:
             record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
-            (folder / _SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
             common = {
                 "args": _megatron_args(architecture),
                 "checkpoint_version": 3.0,
@@ -240,14 +190,14 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
                 finish(partial)
         else:
             shared = SharedFolder(release, json.dumps(source), writer.files, part)
-            shared.write(lambda: _is_done(root, source), lambda beat: _write_part(shared, part, workers, beat))
+            shared.write(lambda: is_converted(root, source), lambda beat: _write_part(shared, part, workers, beat))
             missing = shared.missing()
             left = (
                 f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
             )
             print(f"convert: part {part[0]} of {part[1]} is done{left}", file=sys.stderr)
             if missing or not shared.finish(lambda: finish(shared.folder)):
-                if _is_done(root, source):  # by another process, whose parts this one may have made again to look
+                if is_converted(root, source):  # by another process, whose parts this one may have made again to look
                     remove_parts(release, finished=True)
                 return root
         write_tracker(root, None)

@@ -11,27 +11,25 @@ import json
 import shutil
 import sys
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cptain.architecture import Architecture, model_folder, read_architecture, read_config
 from cptain.atomic import atomic_folder, remove_stale_partials
-from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
-from cptain.checkpoint.mapping import Rule, Shape, model_order, rules
+from cptain.checkpoint.legacy import is_legacy, open_megatron
+from cptain.checkpoint.mapping import rules
 from cptain.checkpoint.model_card import MODEL_CARD, model_card
-from cptain.checkpoint.rows import Run, row_runs, runs_of_part
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.streaming import Fill, write_files
-from cptain.checkpoint.torch_dist import TorchDistReader, iteration_folder, read_tracker
+from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
+from cptain.checkpoint.torch_dist import iteration_folder, read_tracker
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError
+from cptain.model.architecture import model_folder, read_architecture, read_config
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
@@ -40,58 +38,6 @@ from cptain.run_file import RunFile
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "LICENSE", "LICENCE", "NOTICE")
 _LEFT_BEHIND = ("config.json", "trainer_state.json", "verify.json", MODEL_CARD)
 SHARD_BYTES = 5 * 10**9  # as transformers has it
-
-
-def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
-    """Refuse a checkpoint whose tensors are not those of the architecture, before anything is written.
-
-    Raises:
-        CptainError: a tensor missing, unknown, or of another shape; fewer rows than the vocabulary.
-    """
-    keys = set(reader.names())
-    for rule in rules(architecture):
-        if rule.key not in keys:
-            raise CptainError(f"{reader.folder}: {rule.key}: missing, and config.json needs it")
-        expected, found = rule.megatron_shape(architecture), reader.shape(rule.key)
-        padded = rule.has_vocabulary_rows and found[0] >= expected[0] and found[1:] == expected[1:]
-        if found != expected and not padded:
-            raise CptainError(
-                f"{reader.folder}: {rule.key}: shape {list(found)} where config.json needs {list(expected)}"
-            )
-    unknown = sorted(keys - {rule.key for rule in rules(architecture)} - {"output_layer.weight"})
-    if unknown:
-        raise CptainError(f"{reader.folder}: {unknown[0]}: a tensor that the Hugging Face model has no place for")
-
-
-def fill_from_megatron(
-    reader: TorchDistReader | LegacyReader, rule: Rule, layer: int, runs: list[Run], part: int, row_bytes: int
-) -> Fill:
-    """Where rows of a Hugging Face tensor, a part of a rule's layer, come from in the checkpoint."""
-    runs = runs_of_part(runs, part)
-    starts = [run.first for run in runs]
-
-    def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
-        for run in runs[bisect_right(starts, first) - 1 :]:
-            if run.first >= stop:
-                return
-            begin, end = max(first, run.first), min(stop, run.first + run.count)
-            at, to = ((row - first) * row_bytes for row in (begin, end))
-            source = run.row + begin - run.first
-            reader.read(rule.key, layer if rule.layered else None, source, source + end - begin, buffer[at:to])
-
-    return fill
-
-
-def hf_tensors(
-    reader: TorchDistReader | LegacyReader, architecture: Architecture
-) -> Iterator[tuple[str, Shape, torch.dtype, Fill]]:
-    """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, dtypes, rows."""
-    runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
-    for rule, layer in model_order(architecture):
-        dtype = reader.dtype(rule.key)
-        for part, (name, shape) in enumerate(zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)):
-            row_bytes = prod(shape[1:]) * dtype.itemsize
-            yield name, shape, dtype, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)
 
 
 def _rounded(name: str, fill: Fill, before: torch.dtype, after: torch.dtype) -> Fill:

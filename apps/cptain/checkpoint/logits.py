@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cptain.architecture import Architecture
 from cptain.errors import CptainError, one_line
+from cptain.model.architecture import Architecture
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then it does so again: 0123456789.",
@@ -49,13 +49,13 @@ def _transformers(folder: str, prompts: list[list[int]]) -> Logits:
 
 
 def _megatron(folder: str, architecture: Architecture, prompts: list[list[int]]) -> Logits:
-    from cptain.training.megatron_import import before_import, import_megatron
+    from cptain.megatron.importing import before_import, import_megatron
 
     before_import(cpu=True)
     import torch
 
     import_megatron(cpu=True)
-    from cptain.training.cpu import CudaToCpu
+    from cptain.megatron.cpu import CudaToCpu
 
     with CudaToCpu(), torch.no_grad():
         model = _gpt_model(architecture)

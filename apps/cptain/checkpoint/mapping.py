@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from cptain.architecture import Architecture
+from cptain.model.architecture import Architecture
 
 Shape = tuple[int, ...]
 _PIECE_BYTES = 256 << 20

@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from cptain import __version__
-from cptain.architecture import read_config
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError
+from cptain.model.architecture import read_config
 from cptain.progress import human
 from cptain.run_file import RunFile
 

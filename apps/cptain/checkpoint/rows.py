@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from cptain.architecture import Architecture
 from cptain.checkpoint.mapping import Rule
+from cptain.model.architecture import Architecture
 
 
 @dataclass(frozen=True)

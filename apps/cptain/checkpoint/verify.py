@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from cptain import __version__, atomic
-from cptain.architecture import Architecture, read_architecture, read_config
-from cptain.checkpoint.export import check_checkpoint, hf_tensors
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Buffers, Fill, in_threads
+from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
 from cptain.errors import CptainError
+from cptain.model.architecture import Architecture, read_architecture, read_config
 from cptain.progress import Progress
 
 LOGITS_TOLERANCE = 1e-5  # of the largest logit, or of 1 where that is smaller: fp32's rounding through a model

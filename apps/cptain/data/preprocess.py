@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cptain.architecture import model_folder
 from cptain.atomic import remove_stale_partials
 from cptain.data import reader
 from cptain.data.encode import Encoding
@@ -27,6 +26,7 @@ from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
 from cptain.data.tokenizer import Tokenizer, tokenizer_hash
 from cptain.errors import FAILED, CptainError, Interrupted
+from cptain.model.architecture import model_folder
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 

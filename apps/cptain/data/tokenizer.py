@@ -28,8 +28,8 @@ import numpy.typing as npt
 import orjson
 
 from cptain import atomic
-from cptain.architecture import model_folder
 from cptain.errors import CptainError, one_line
+from cptain.model.architecture import model_folder
 
 Ids = npt.NDArray[np.uint32]
 Lengths = npt.NDArray[np.int64]

@@ -21,11 +21,11 @@ from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError, bad_usage
 from cptain.image import commit
+from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, changed_keys
 from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
 from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
-from cptain.training.log import read_steps, train_logs
 
 STAGES = ("preprocess", "convert", "train", "export")
 _CHAIN_UNKNOWN = 2  # train jobs, where nothing tells how long a step takes

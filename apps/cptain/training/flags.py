@@ -8,10 +8,10 @@ checkpoint.
 import importlib.util
 from pathlib import Path
 
-from cptain.architecture import Architecture
 from cptain.data.manifest import Record
 from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
+from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
 from cptain.training.memory import choose_recompute
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from cptain.megatron.log import Step, parse_step, parse_validation
 from cptain.progress import Progress, human
-from cptain.training.log import Step, parse_step, parse_validation
 
 _LAST_LINES = 20
 _SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")

@@ -7,7 +7,7 @@ bf16 weights and fp32 gradients on every data-parallel rank, fp32 master weights
 
 from typing import Literal
 
-from cptain.architecture import Architecture
+from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
 
 Recompute = Literal["none", "selective", "full"]

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from cptain.megatron.importing import before_import, import_megatron
 from cptain.training.documents import Documents, File, same_blend
-from cptain.training.megatron_import import before_import, import_megatron
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
@@ -269,7 +269,7 @@ def main() -> None:
         sys.argv.remove("--cpu")
     try:
         if CPU:
-            from cptain.training.cpu import CudaToCpu
+            from cptain.megatron.cpu import CudaToCpu
 
             with CudaToCpu():
                 _train()

@@ -8,14 +8,14 @@ def before_import(cpu: bool) -> None:
     """Make Megatron importable here.
 
     Args:
-        cpu: answer for CUDA on the CPU (`cptain.training.cpu`).
+        cpu: answer for CUDA on the CPU (`cptain.megatron.cpu`).
     """
     if not hasattr(typing, "override"):  # Python 3.11, with Megatron 0.17 or later
         import typing_extensions
 
         typing.override = typing_extensions.override  # type: ignore[attr-defined]
     if cpu:
-        from cptain.training.cpu import install
+        from cptain.megatron.cpu import install
 
         install()
 
@@ -29,6 +29,6 @@ def import_megatron(cpu: bool) -> None:
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         datasets_utils.compile_helpers = lambda: None
     if cpu:
-        from cptain.training.cpu import install_in_megatron
+        from cptain.megatron.cpu import install_in_megatron
 
         install_in_megatron()

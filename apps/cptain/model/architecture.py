@@ -1,7 +1,7 @@
 """A model's architecture, read from its config.json and never typed.
 
 Megatron cannot represent every config: what it cannot is refused here, by name, before anything is written. Keys that
-config.json leaves out have the values that transformers gives them, which differ by family (`cptain.families`).
+config.json leaves out have the values that transformers gives them, which differ by family (`cptain.model.families`).
 The rope scaling of Llama 3.1 is hard-coded in Megatron (`megatron.core.models.common.embeddings.rotary_pos_embedding`):
 low and high frequency factors 1 and 4, original length 8192; only the factor is an argument.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cptain.errors import CptainError, one_line
-from cptain.families import FAMILIES
+from cptain.model.families import FAMILIES
 
 # What transformers reads for every family, and the one value that Megatron can represent (`Family.only`).
 _ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}

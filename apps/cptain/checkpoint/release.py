@@ -1,0 +1,62 @@
+"""What a converted checkpoint was made of: source.json in its release, which convert writes and train asks."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
+from cptain.errors import CptainError
+from cptain.model.architecture import Architecture
+
+SOURCE = "source.json"
+
+
+def source_of(folder: Path, reader: SafetensorsReader) -> dict[str, Any]:
+    """What a release was made of, kept beside it so that a changed model is converted again."""
+    files = [folder / "config.json", *reader.files]
+    return {"model": str(folder), "files": {file.name: _stat(file) for file in files}}
+
+
+def _stat(file: Path) -> list[int]:
+    return [file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def is_converted(root: Path, source: dict[str, Any]) -> bool:
+    try:
+        recorded = json.loads((root / RELEASE / SOURCE).read_text(encoding="utf-8"))
+        if recorded["source"] != source or (root / TRACKER).read_text(encoding="utf-8").strip() != RELEASE:
+            return False
+        with TorchDistReader(root / RELEASE):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, CptainError):
+        return False
+
+
+def check_converted_from(root: Path, architecture: Architecture, folder: Path) -> None:
+    """Refuse a release that was converted from another model than the one in `folder`: of the weights nothing shows in
+    a tensor's shape, and of config.json little.
+
+    Raises:
+        CptainError: which value, model or file differs. Weights that are no longer there are not missed.
+    """
+    try:
+        record = json.loads((root / RELEASE / SOURCE).read_text(encoding="utf-8"))
+        recorded, source = record["architecture"], record["source"]
+        files: dict[str, list[int]] = source["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # converted by another tool
+    for key, value in asdict(architecture).items():
+        if recorded.get(key, value) != value:
+            raise CptainError(
+                f"{root / RELEASE}: converted from a model with {key} = {recorded[key]}, "
+                f"where model.hf has {value}: run convert again"
+            )
+    if source["model"] != str(folder):
+        raise CptainError(
+            f"{root / RELEASE}: converted from {source['model']}, and model.hf is {folder}: run convert again"
+        )
+    for name, stat in files.items():
+        if (folder / name).exists() and _stat(folder / name) != stat:
+            raise CptainError(f"{folder / name}: changed since {root / RELEASE} was made of it: run convert again")

@@ -1,0 +1,67 @@
+"""A Megatron checkpoint seen as the Hugging Face model that it holds: for export, verify and train."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from math import prod
+
+import torch
+
+from cptain.checkpoint.legacy import LegacyReader
+from cptain.checkpoint.mapping import Rule, Shape, model_order, rules
+from cptain.checkpoint.rows import Run, row_runs, runs_of_part
+from cptain.checkpoint.streaming import Fill
+from cptain.checkpoint.torch_dist import TorchDistReader
+from cptain.errors import CptainError
+from cptain.model.architecture import Architecture
+
+
+def check_checkpoint(reader: TorchDistReader | LegacyReader, architecture: Architecture) -> None:
+    """Refuse a checkpoint whose tensors are not those of the architecture, before anything is written.
+
+    Raises:
+        CptainError: a tensor missing, unknown, or of another shape; fewer rows than the vocabulary.
+    """
+    keys = set(reader.names())
+    for rule in rules(architecture):
+        if rule.key not in keys:
+            raise CptainError(f"{reader.folder}: {rule.key}: missing, and config.json needs it")
+        expected, found = rule.megatron_shape(architecture), reader.shape(rule.key)
+        padded = rule.has_vocabulary_rows and found[0] >= expected[0] and found[1:] == expected[1:]
+        if found != expected and not padded:
+            raise CptainError(
+                f"{reader.folder}: {rule.key}: shape {list(found)} where config.json needs {list(expected)}"
+            )
+    unknown = sorted(keys - {rule.key for rule in rules(architecture)} - {"output_layer.weight"})
+    if unknown:
+        raise CptainError(f"{reader.folder}: {unknown[0]}: a tensor that the Hugging Face model has no place for")
+
+
+def fill_from_megatron(
+    reader: TorchDistReader | LegacyReader, rule: Rule, layer: int, runs: list[Run], part: int, row_bytes: int
+) -> Fill:
+    """Where rows of a Hugging Face tensor, a part of a rule's layer, come from in the checkpoint."""
+    runs = runs_of_part(runs, part)
+    starts = [run.first for run in runs]
+
+    def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
+        for run in runs[bisect_right(starts, first) - 1 :]:
+            if run.first >= stop:
+                return
+            begin, end = max(first, run.first), min(stop, run.first + run.count)
+            at, to = ((row - first) * row_bytes for row in (begin, end))
+            source = run.row + begin - run.first
+            reader.read(rule.key, layer if rule.layered else None, source, source + end - begin, buffer[at:to])
+
+    return fill
+
+
+def hf_tensors(
+    reader: TorchDistReader | LegacyReader, architecture: Architecture
+) -> Iterator[tuple[str, Shape, torch.dtype, Fill]]:
+    """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, dtypes, rows."""
+    runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
+    for rule, layer in model_order(architecture):
+        dtype = reader.dtype(rule.key)
+        for part, (name, shape) in enumerate(zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)):
+            row_bytes = prod(shape[1:]) * dtype.itemsize
+            yield name, shape, dtype, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)

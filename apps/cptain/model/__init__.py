@@ -1,0 +1,1 @@
+"""What a model is: its architecture from config.json, the families that are known, sizes and vocabulary."""

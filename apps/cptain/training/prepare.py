@@ -1,0 +1,179 @@
+"""Everything that can be checked before a training starts, and the command that starts it."""
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptain.checkpoint.release import check_converted_from
+from cptain.checkpoint.tensors import check_checkpoint
+from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
+from cptain.data.blend import write_blend
+from cptain.data.manifest import Record, read_manifest
+from cptain.data.steps import train_steps
+from cptain.errors import CptainError, bad_usage
+from cptain.model.architecture import Architecture, model_folder, read_architecture
+from cptain.run_file import RunFile
+from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
+from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
+
+_DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training that is ready to start.
+
+    Attributes:
+        torchrun: the launcher's own arguments.
+        script: the training script.
+        flags: Megatron's, with their values.
+        steps: optimizer steps in all.
+        start: steps done before.
+        nodes: the job's, where there are several.
+        interface: the network interface towards the other nodes.
+    """
+
+    torchrun: list[str]
+    script: Path
+    flags: list[tuple[str, ...]]
+    steps: int
+    start: int
+    nodes: Nodes | None = None
+    interface: str = ""
+
+    @property
+    def is_first_node(self) -> bool:
+        """Whether this node is the one of the job that writes what all share."""
+        return self.nodes is None or self.nodes.rank == 0
+
+    @property
+    def argv(self) -> list[str]:
+        """The whole command."""
+        return [*self.torchrun, str(self.script), *(word for flag in self.flags for word in flag)]
+
+    def shown(self) -> str:
+        """The command for people and shells, one flag a line."""
+        lines = [shlex.join([*self.torchrun, str(self.script)]), *(shlex.join(flag) for flag in self.flags)]
+        return " \\\n  ".join(lines)
+
+
+def _gpus() -> tuple[int, int]:
+    """How many GPUs this process may use, and the bytes of the smallest.
+
+    Without a CUDA context, which costs GPU memory.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return 0, 0
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return count, min(int(line) for line in answer.split()) << 20
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise CptainError(f"nvidia-smi does not say how much memory the GPUs have: {error}") from error
+
+
+def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
+    records = read_manifest(run.data_folder, run.data.input)
+    check_tokenizer(run, records, tokenizer_folder)
+    for record in records:
+        if wrong := record.missing_output(run.data_folder):
+            raise CptainError(f"{wrong}: run preprocess again")
+    return records
+
+
+def _start(run: RunFile, architecture: Architecture) -> int | None:
+    """The iteration that training resumes from, or None where it begins with the converted checkpoint.
+
+    Raises:
+        CptainError: the one that is needed is missing, incomplete, or not of this model.
+    """
+    resume = (run.checkpoints_folder / TRACKER).exists()
+    root = run.checkpoints_folder if resume else run.megatron_folder
+    try:
+        iteration = read_tracker(root)
+    except CptainError as error:
+        raise error if resume else CptainError(f"{error} (run convert first)") from error
+    with TorchDistReader(iteration_folder(root, iteration)) as reader:
+        check_checkpoint(reader, architecture)
+        reader.check_objects()
+    if not resume:
+        check_converted_from(root, architecture, model_folder(run.model.hf))
+    return iteration if resume else None
+
+
+def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, dry_run: bool = False) -> Command:
+    """Check the run's inputs and build its command.
+
+    Args:
+        run: the run.
+        cpu: train on the CPU, over gloo.
+        nproc_per_node: processes; default: this machine's GPUs, or with `cpu` as many as hold one copy of the model.
+        dry_run: do without a GPU where there is none.
+
+    Raises:
+        CptainError: anything missing, damaged or impossible, before a process is started.
+    """
+    architecture = read_architecture(model_folder(run.model.hf))
+    nodes = read_nodes()
+    count = len(nodes.hosts) if nodes else 1
+    gpu_bytes = None
+    if cpu:
+        processes = nproc_per_node or math.ceil(run.parallel.model_size / count)
+        if run.train.precision == "fp8":
+            bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
+        if run.parallel.context > 1:
+            bad_usage(f"parallel.context = {run.parallel.context}: not on the CPU, where Megatron's attention allows 1")
+    else:
+        gpus, gpu_bytes = _gpus()
+        if not gpus and not dry_run:
+            raise CptainError("no GPU found (inside a container, --nv is needed); --cpu trains without one")
+        processes = nproc_per_node or gpus or run.parallel.model_size
+        if gpus and processes > gpus:
+            bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
+        gpu_bytes = gpu_bytes or _DRY_RUN_GPU_BYTES
+        if nodes and (cores := os.environ.get("CPTAIN_CORES_PER_GPU")):
+            check_slots(nodes, int(cores), processes)
+    check_parallel(run, architecture, processes * count)
+    tokenizer_folder = model_folder(run.tokenizer)
+    records = _check_data(run, tokenizer_folder)
+    start = _start(run, architecture)
+    steps = train_steps(run, records)
+    script = run.train.script or Path(__file__).with_name("pretrain.py")
+    if not script.is_file():
+        bad_usage(f"train.script = {script}: no such file")
+    flags = megatron_flags(
+        run,
+        architecture,
+        tokenizer_folder=tokenizer_folder,
+        data_args=write_blend(run, records),
+        steps=steps,
+        resume=start is not None,
+        gpu_bytes=gpu_bytes,
+    )
+    if cpu:
+        flags = [("--cpu",), *flags]
+    if ends := deadline():
+        # Megatron counts in whole minutes; pretrain.py sets its clock so that they end at the deadline.
+        flags += [("--exit-duration-in-mins", str(max(1, math.ceil((ends - time.time()) / 60))))]
+    flags += [(argument,) for argument in run.train.megatron_args]
+    address, interface = own_address(nodes) if nodes else ("", "")
+    rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
+    return Command(torchrun, script, flags, steps, start or 0, nodes, interface)
+
+
+def deadline() -> float | None:
+    """When a job script wants training to be over, in seconds since the epoch."""
+    value = os.environ.get("CPTAIN_DEADLINE")
+    try:
+        return float(value) if value else None
+    except ValueError:
+        bad_usage(f"CPTAIN_DEADLINE={value}: allowed: seconds since the epoch")
