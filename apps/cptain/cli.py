@@ -102,18 +102,15 @@ def _load(file: Path, overrides: tuple[str, ...]) -> Any:
     return run
 
 
-def _begin(stage: str, run: Any) -> Any:
-    """Write the resolved run file and its provenance into the run's folder: the stage begins."""
-    from cptain.atomic import remove_stale_partials
+def _record(stage: str, run: Any) -> None:
+    """Write the resolved run file and the versions into the run's folder: the stage has done something."""
+    from cptain.history import read_history
     from cptain.provenance import write_provenance
     from cptain.run_file import write_resolved
 
-    remove_stale_partials(run.folder)
-    changes = write_resolved(run)
-    for change in changes if stage == "train" else ():
-        click.echo(f"train: run file changed since the last stage: {change}", err=True)
+    if stage != "export" and not read_history(run.folder):  # what trained stays: see cptain.training.record
+        write_resolved(run)
     write_provenance(run, stage)
-    return run
 
 
 _workers_option = click.option(
@@ -172,10 +169,9 @@ def preprocess(
     from cptain.data.preprocess import preprocess as tokenize
 
     loaded = _load(run, overrides)
-    if not count_only and (shard is None or shard[0] == 1):
-        _begin("preprocess", loaded)
     cores = workers or len(os.sched_getaffinity(0))
-    tokenize(loaded, cores, force, shard or (1, 1), backend, verify_inputs, count_only)
+    if tokenize(loaded, cores, force, shard or (1, 1), backend, verify_inputs, count_only):
+        _record("preprocess", loaded)
 
 
 @main.command()
@@ -194,11 +190,10 @@ def convert(
     if shard and force:
         raise click.UsageError("--force goes without --shard: remove the checkpoint, and convert its parts again.")
     loaded = _load(run, overrides)
-    if shard is None or shard[0] == 1:
-        _begin("convert", loaded)
     from cptain.checkpoint.convert import convert as convert_model
 
-    convert_model(loaded, _threads(workers), force, shard or (1, 1))
+    if convert_model(loaded, _threads(workers), force, shard or (1, 1)):
+        _record("convert", loaded)
 
 
 @main.command()
@@ -210,19 +205,32 @@ def convert(
     type=click.IntRange(min=1),
     help="Processes.  [default: the GPUs there are; with --cpu, as many as hold one copy of the model]",
 )
-def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc_per_node: int | None) -> None:
+@click.option(
+    "--accept",
+    multiple=True,
+    type=click.Choice(["data"]),
+    envvar="CPTAIN_ACCEPT",
+    help="Go on though the data of the run is not what it was trained on so far; the history says so. "
+    "CPTAIN_ACCEPT=data does the same in a job.",
+)
+def train(
+    run: Path,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cpu: bool,
+    nproc_per_node: int | None,
+    accept: tuple[str, ...],
+) -> None:
     """Train with Megatron-LM on this machine: from the converted checkpoint at first, then from the last one saved."""
     loaded = _load(run, overrides)
-    from cptain.training.launch import train as start
-    from cptain.training.prepare import prepare
-
-    command = prepare(loaded, cpu, nproc_per_node, dry_run)
     if dry_run:
-        click.echo(command.shown())
-    else:
-        if command.is_first_node:
-            _begin("train", loaded)
-        start(loaded, command)
+        from cptain.training.prepare import prepare
+
+        click.echo(prepare(loaded, cpu, nproc_per_node, True, accept).shown())
+        return
+    from cptain.training.launch import train as start
+
+    start(loaded, cpu, nproc_per_node, accept)
 
 
 class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
@@ -284,17 +292,18 @@ def export(
     force: bool,
 ) -> None:
     """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
-    loaded = _begin("export", _load(run, overrides))
+    loaded = _load(run, overrides)
     import torch
 
     from cptain.checkpoint.export import export as export_model
     from cptain.checkpoint.export import export_all, iterations
 
     weights = getattr(torch, dtype) if dtype else None
-    export_all(
+    if export_all(
         iterations(loaded, iteration),
         lambda one: export_model(loaded, one, _threads(workers), force, weights, shard_size),
-    )
+    ):
+        _record("export", loaded)
 
 
 @main.command()

@@ -50,7 +50,7 @@ def _holder_lives(words: str, file: Path) -> bool:
 
 
 @contextmanager
-def lock(file: Path, what: str) -> Iterator[Callable[[], None]]:
+def lock(file: Path, what: str, watch: bool = False) -> Iterator[Callable[[], None]]:
     """Hold the lock `file`.
 
     Args:

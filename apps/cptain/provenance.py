@@ -43,8 +43,9 @@ def _git_commit() -> str | None:
     return commit + ("+changes" if changed else "")
 
 
-def write_provenance(run: RunFile, stage: str) -> None:
-    """Record the versions, host, image and command of a stage that begins now; other stages' entries stay."""
+def write_provenance(run: RunFile, stage: str) -> dict[str, Any]:
+    """Record the versions, host, image and command with which a stage did something, and return them; other stages'
+    entries stay."""
     file = run.folder / "provenance.json"
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -65,3 +66,5 @@ def write_provenance(run: RunFile, stage: str) -> None:
         "packages": versions,
     }
     atomic.write_json(file, content)
+    entry: dict[str, Any] = content[stage]
+    return entry

@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.torch_dist import RELEASE, TorchDistWriter, write_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder, read_architecture
+from cptain.model.arguments import saved_arguments
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
@@ -65,34 +65,12 @@ def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None
 def _megatron_args(architecture: Architecture) -> argparse.Namespace:
     """The args that Megatron compares with its own when it loads, and restores under --use-checkpoint-args."""
     return argparse.Namespace(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        max_position_embeddings=architecture.max_position_embeddings,
-        position_embedding_type="rope",
+        **saved_arguments(architecture),
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
-        rotary_base=int(architecture.rotary_base),
-        rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=architecture.rope_scaling_factor is not None,
-        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_layernorm,
-        swiglu=True,
         squared_relu=False,
-        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
-        normalization="RMSNorm",
-        norm_epsilon=architecture.norm_epsilon,
-        apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         vocab_size=architecture.vocab_size,
         padded_vocab_size=architecture.vocab_size,
         ckpt_format="torch_dist",
@@ -144,7 +122,7 @@ def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWri
     return writer
 
 
-def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int, int] = (1, 1)) -> Path:
+def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int, int] = (1, 1)) -> bool:
     """Convert the run's Hugging Face model, unless that is done.
 
     Args:
@@ -154,7 +132,7 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
         part: (I, N) writes the I-th of N parts of the checkpoint; the last to end completes it.
 
     Returns:
-        The checkpoint's root, whose `release` is complete unless parts are missing.
+        Whether anything was written.
 
     Raises:
         CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json.
@@ -169,12 +147,12 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
         if not force and is_converted(root, source):
             remove_parts(release, finished=True)
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
-            return root
+            return False
         began = time.monotonic()
         writer = _plan(reader, architecture)
 
         def finish(folder: Path) -> None:
-            record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
+            record = {"cptain": __version__, "source": source}
             (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
             common = {
                 "args": _megatron_args(architecture),
@@ -199,11 +177,11 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
             if missing or not shared.finish(lambda: finish(shared.folder)):
                 if is_converted(root, source):  # by another process, whose parts this one may have made again to look
                     remove_parts(release, finished=True)
-                return root
+                return True
         write_tracker(root, None)
         remove_parts(release)
         print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
-    return root
+    return True
 
 
 def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int, beat: Callable[[], None]) -> None:

@@ -129,7 +129,7 @@ def export(
     force: bool = False,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> Path:
+) -> bool:
     """Export an iteration of the run, unless that is done.
 
     Args:
@@ -141,7 +141,7 @@ def export(
         shard_bytes: no file of weights grows over this, unless by a single tensor.
 
     Returns:
-        The Hugging Face model's folder.
+        Whether anything was written.
 
     Raises:
         CptainError: no such checkpoint, an incomplete one, or one that is not of the run's model.
@@ -170,7 +170,7 @@ def export(
         config = _config_json(base, dtype)
         if not force and _is_done(target, base, reader.saved_at, writer, config):
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
-            return target
+            return False
         began = time.monotonic()
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
@@ -184,19 +184,23 @@ def export(
                     card = (target / MODEL_CARD).read_bytes()
             (partial / MODEL_CARD).write_bytes(card or model_card(run, base, iteration).encode())
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
-    return target
+    return True
 
 
-def export_all(which: list[int | None], one: Callable[[int | None], Path]) -> None:
+def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bool:
     """Export several iterations; one that cannot be is named, and the others are exported all the same.
+
+    Returns:
+        Whether anything was written.
 
     Raises:
         CptainError: one could not be exported.
     """
     errors: list[CptainError] = []
+    written = False
     for iteration in which:
         try:
-            one(iteration)
+            written |= one(iteration)
         except CptainError as error:
             errors.append(error)
             if len(which) > 1:
@@ -207,6 +211,7 @@ def export_all(which: list[int | None], one: Callable[[int | None], Path]) -> No
             if len(which) == 1
             else CptainError(f"export: {len(errors)} of {len(which)} could not be exported")
         )
+    return written
 
 
 def _is_done(target: Path, base: Path, saved_at: int, writer: SafetensorsWriter, config: str) -> bool:

@@ -53,6 +53,9 @@ def open_megatron(folder: Path) -> "TorchDistReader | LegacyReader":
 class LegacyReader(FolderFiles):
     """The model's tensors of one iteration, its ranks' parts put together and its layers stacked.
 
+    Attributes:
+        common: what a rank saved, see `common_state`.
+
     Raises:
         CptainError: a rank's file missing, damaged or of another model than the rest; pickles that ask for names that
             are not allowed; what is not the state of a megatron.core GPT model with a gated MLP.
@@ -90,6 +93,7 @@ class LegacyReader(FolderFiles):
         try:
             descriptor = self.descriptor(name)
             archive = SavedArchive(descriptor, 0, os.fstat(descriptor).st_size)
+            self.common = archive.content
             places = {key: archive.find(tensor) for key, tensor in _model(archive.content, sizes).items()}
         except (OSError, ValueError, RecursionError) as error:
             self.close()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import Architecture
+from cptain.model.arguments import core_arguments
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then it does so again: 0123456789.",
@@ -86,43 +87,24 @@ def _gpt_model(architecture: Architecture) -> Any:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    config = TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_layernorm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
+    config, gpt = core_arguments(architecture)
     return GPTModel(
-        config=config,
+        config=TransformerConfig(
+            **config,
+            activation_func=torch.nn.functional.silu,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            gradient_accumulation_fusion=False,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+        ),
         transformer_layer_spec=get_gpt_layer_local_spec(
             qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
         ),
-        vocab_size=architecture.vocab_size,
-        max_sequence_length=architecture.max_position_embeddings,
         parallel_output=False,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(architecture.rotary_base),
-        rope_scaling=architecture.rope_scaling_factor is not None,
-        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+        **gpt,
     ).eval()
 
 

@@ -4,7 +4,6 @@ reads.
 It is meant to be published, so it names no path: a base model that is a local folder is called by the folder's name.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from cptain import __version__
-from cptain.data.manifest import read_manifest
-from cptain.data.steps import train_steps
-from cptain.errors import CptainError
+from cptain.history import Start, read_history, stretches
 from cptain.model.architecture import read_config
 from cptain.progress import human
 from cptain.run_file import RunFile
@@ -41,43 +38,55 @@ def _base_metadata(base: Path) -> dict[str, Any]:
     return {key: known[key] for key in _KEPT if known.get(key)}
 
 
-def _software(run: RunFile) -> str:
-    """The versions that trained the model, as far as the run's provenance has them."""
-    try:
-        trained = json.loads((run.folder / "provenance.json").read_text(encoding="utf-8"))["train"]
-        megatron, packages = trained.get("megatron"), trained["packages"]
-        commit = f" ({trained['megatron_commit'][:12]})" if trained.get("megatron_commit") else ""
-        found = {"Megatron-LM": f"{megatron}{commit}" if megatron else None, "cptain": trained["cptain"]}
-        found |= {name: packages.get(name) for name in ("torch", "transformer-engine", "transformers")}
-        return ", ".join(f"{name} {version}" for name, version in found.items() if version)
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"cptain {__version__}"
+def _software(versions: dict[str, Any]) -> str:
+    """The versions that trained, as far as the history has them."""
+    megatron, packages = versions.get("megatron"), versions.get("packages", {})
+    commit = f" ({versions['megatron_commit'][:12]})" if versions.get("megatron_commit") else ""
+    found = {"Megatron-LM": f"{megatron}{commit}" if megatron else None, "cptain": versions.get("cptain")}
+    found |= {name: packages.get(name) for name in ("torch", "transformer-engine", "transformers")}
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
-def _rows(run: RunFile, base: Path, step: int) -> list[tuple[str, str]]:
-    train, parallel = run.train, run.parallel
-    steps, data = f"{step:,}", None
-    try:
-        records = read_manifest(run.data_folder, run.data.input)
-        tokens = sum(record.tokens for record in records)
-        data = f"{sum(record.documents for record in records):,} documents, {human(tokens)} tokens"
-        steps += f" of {train_steps(run, records):,}"
-    except CptainError:
-        pass  # the checkpoint was trained elsewhere
-    seen = step * train.tokens_per_step
-    rows = [
-        ("architecture", read_config(base)["architectures"][0]),
-        ("steps", steps),
-        ("tokens seen", f"{human(seen)} ({seen:,})"),
-        ("data", data),
-        ("sequence length", f"{train.seq_length:,}"),
-        ("global batch size", f"{train.global_batch_size:,} sequences"),
-        ("learning rate", f"{train.lr:g}, cosine to {train.min_lr:g}, {train.warmup_steps:,} steps of warm-up"),
-        ("training precision", train.precision),
-        ("parallel", f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"),
-        ("other Megatron arguments", " ".join(f"`{'…' if '/' in word else word}`" for word in train.megatron_args)),
-        ("software", _software(run)),
-    ]
+def _described(start: Start) -> dict[str, str]:
+    """How one start of training trained, a line of the card each."""
+    train, layout, data = start.run["train"], start.layout, start.data
+    arguments = " ".join(f"`{'…' if '/' in word else word}`" for word in train["megatron_args"])
+    sizes = ", ".join(f"{kind} {layout[kind]}" for kind in ("tensor", "pipeline", "context"))
+    return {
+        "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens" if data else "",
+        "sequence length": f"{train['seq_length']:,}",
+        "global batch size": f"{train['global_batch_size']:,} sequences",
+        "learning rate": f"{train['lr']:g}, cosine to {train['min_lr']:g}, {train['warmup_steps']:,} steps of warm-up",
+        "training precision": train["precision"],
+        "parallel": f"{sizes}, {layout['processes']} processes",
+        "other Megatron arguments": arguments,
+        "software": _software(start.versions),
+        "accepted": "; ".join(start.accepted),
+    }
+
+
+def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
+    """What trained the steps 1 to `step`; where that changed on the way, with the steps of each."""
+    done = stretches(read_history(run_folder), step)
+    rows = [("architecture", read_config(base)["architectures"][0]), ("steps", f"{step:,}")]
+    if not done:  # trained by another tool
+        return rows
+    train = done[-1][0].run["train"]  # neither of the two can change in a run
+    seen = step * train["global_batch_size"] * train["seq_length"]
+    rows.append(("tokens seen", f"{human(seen)} ({seen:,})"))
+    described = [(_described(start), first, end) for start, first, end in done]
+    for name in described[-1][0]:
+        values: list[tuple[str, int, int]] = []
+        for one, first, end in described:
+            if values and values[-1][0] == one[name]:
+                values[-1] = (one[name], values[-1][1], end)
+            else:
+                values.append((one[name], first, end))
+        if len(values) == 1:
+            rows.append((name, values[0][0]))
+        else:
+            told = (f"{value or 'none'} (steps {first:,} to {end:,})" for value, first, end in values)
+            rows.append((name, "; ".join(told)))
     return [(name, value) for name, value in rows if value]
 
 
@@ -85,7 +94,7 @@ def model_card(run: RunFile, base: Path, iteration: int | None) -> str:
     """The card of a model that was exported from `iteration` (None: a release, which nothing trained) of a run.
 
     Args:
-        run: the run, as its run file is now.
+        run: the run. How it was trained is in its history; its run file may have been edited since.
         base: the folder of the model that the run began with.
         iteration: optimizer steps.
     """
@@ -108,5 +117,5 @@ def model_card(run: RunFile, base: Path, iteration: int | None) -> str:
             f"with cptain {__version__}."
         )
         lines += ["", "| | |", "| --- | --- |"]
-        lines += [f"| {key} | {value} |" for key, value in _rows(run, base, iteration)]
+        lines += [f"| {key} | {value} |" for key, value in _rows(run.folder, base, iteration)]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"

@@ -1,14 +1,12 @@
 """What a converted checkpoint was made of: source.json in its release, which convert writes and train asks."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
 from cptain.errors import CptainError
-from cptain.model.architecture import Architecture
 
 SOURCE = "source.json"
 
@@ -24,6 +22,7 @@ def _stat(file: Path) -> list[int]:
 
 
 def is_converted(root: Path, source: dict[str, Any]) -> bool:
+    """Whether a checkpoint's root holds a whole release that was made of `source`."""
     try:
         recorded = json.loads((root / RELEASE / SOURCE).read_text(encoding="utf-8"))
         if recorded["source"] != source or (root / TRACKER).read_text(encoding="utf-8").strip() != RELEASE:
@@ -34,25 +33,18 @@ def is_converted(root: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def check_converted_from(root: Path, architecture: Architecture, folder: Path) -> None:
-    """Refuse a release that was converted from another model than the one in `folder`: of the weights nothing shows in
-    a tensor's shape, and of config.json little.
+def check_converted_from(root: Path, folder: Path) -> None:
+    """Refuse a release that was converted from another model than the one in `folder`, of whose weights nothing shows
+    in a tensor's shape.
 
     Raises:
-        CptainError: which value, model or file differs. Weights that are no longer there are not missed.
+        CptainError: which model or file differs. Weights that are no longer there are not missed.
     """
     try:
         record = json.loads((root / RELEASE / SOURCE).read_text(encoding="utf-8"))
-        recorded, source = record["architecture"], record["source"]
-        files: dict[str, list[int]] = source["files"]
+        source, files = record["source"], record["source"]["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # converted by another tool
-    for key, value in asdict(architecture).items():
-        if recorded.get(key, value) != value:
-            raise CptainError(
-                f"{root / RELEASE}: converted from a model with {key} = {recorded[key]}, "
-                f"where model.hf has {value}: run convert again"
-            )
     if source["model"] != str(folder):
         raise CptainError(
             f"{root / RELEASE}: converted from {source['model']}, and model.hf is {folder}: run convert again"

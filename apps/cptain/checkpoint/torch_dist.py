@@ -244,6 +244,9 @@ def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], _
 class TorchDistReader(FolderFiles):
     """The tensors of one iteration's folder, whoever wrote it and however it is cut into chunks.
 
+    Attributes:
+        common: what the checkpoint holds beside tensors, see `common_state`.
+
     Raises:
         CptainError: not a checkpoint, an incomplete one, one whose chunks do not make whole tensors, or one whose
         pickles ask for names that are not allowed.
@@ -266,10 +269,14 @@ class TorchDistReader(FolderFiles):
         except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise CptainError(f"{folder / _METADATA}: cannot be read: {one_line(error)}") from error
         self._check_files()
+        common = next((name for name in self._objects if name.startswith("common_state/")), _COMMON_FILE)
         if (folder / _COMMON_FILE).is_file():
-            self._check_object(_COMMON_FILE, _Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size))
-        elif not any(name.startswith("common_state/") for name in self._objects):
+            place = _Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size)
+        elif common in self._objects:
+            place = self._objects[common]
+        else:
             raise CptainError(f"{folder}: not a complete torch_dist checkpoint: it has no {_COMMON_FILE}")
+        self.common = self._object(common, place)
 
     def _read_metadata(self, metadata: Any) -> None:
         if not is_a(metadata, "Metadata"):
@@ -305,9 +312,9 @@ class TorchDistReader(FolderFiles):
             except OSError as error:
                 raise CptainError(f"{file}: cannot be read: {one_line(error)}") from error
 
-    def _check_object(self, name: str, place: _Place) -> None:
+    def _object(self, name: str, place: _Place) -> Any:
         try:
-            SavedArchive(self.descriptor(place.file), place.offset, place.length)
+            return SavedArchive(self.descriptor(place.file), place.offset, place.length).content
         except ValueError as error:
             raise CptainError(f"{self.folder / place.file}: {name}: {one_line(error)}") from error
 
@@ -318,7 +325,7 @@ class TorchDistReader(FolderFiles):
             CptainError: one asks for a name that is not allowed.
         """
         for name, place in self._objects.items():
-            self._check_object(name, place)
+            self._object(name, place)
         for key, tensor in self._tensors.items():
             for chunk in tensor.chunks:
                 self._find(key, tensor, chunk)

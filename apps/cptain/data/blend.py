@@ -8,6 +8,7 @@ instead, which is the same for every path without white space or quotes.
 import fnmatch
 import shlex
 from pathlib import Path
+from typing import Any
 
 from cptain import atomic
 from cptain.data.manifest import Record
@@ -64,3 +65,11 @@ def write_blend(run: RunFile, records: list[Record]) -> Path:
     file = run.folder / "data-args.txt"
     atomic.write_text(file, "".join(lines))
     return file
+
+
+def trained_on(run: RunFile, records: list[Record]) -> dict[str, Any]:
+    return {"documents": sum(r.documents for r in records), "tokens": sum(r.tokens for r in records)}
+
+
+def other_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "" if before == now else f"{before} -> {now}"

@@ -244,7 +244,7 @@ def preprocess(
     backend: str = "auto",
     verify_inputs: bool = False,
     count_only: bool = False,
-) -> None:
+) -> bool:
     """Tokenize every input file of the run that is not done, and write manifest.json.
 
     Args:
@@ -255,6 +255,9 @@ def preprocess(
         part: (I, N) does the I-th of N parts; the manifest is written by whichever finds every part done.
         verify_inputs: read what is done whole, to see whether it is still the same.
         count_only: count documents and tokens, and write nothing.
+
+    Returns:
+        Whether a file was tokenized.
 
     Raises:
         CptainError: see `input_files` and `tokenize_file`.
@@ -287,7 +290,7 @@ def preprocess(
             done += _work_through(todo, count_file if count_only else tokenize_file, tokenizer, workers, progress)
     if count_only:
         _say_totals(done, "")
-        return
+        return False
     if part != (1, 1):
         records = [task.done() for task in every]
         done = [record for record in records if record]
@@ -295,8 +298,9 @@ def preprocess(
         others = f"; {missing} files of other parts are not done yet" if missing else ""
         print(f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}", file=sys.stderr)
         if missing:
-            return
+            return bool(todo)
     _finish(run, done)
+    return bool(todo)
 
 
 def _say_totals(records: list[Record], where: str) -> None:

@@ -1,8 +1,7 @@
 """Megatron's arguments, built from the run file and the model's config.json.
 
-Only flags that the lab's fork (core 0.13.1), upstream releases and PyPI's megatron-core all know. Nothing of the
-architecture is left to --use-checkpoint-args: Megatron never restores norm_epsilon and the rope scaling from a
-checkpoint.
+Only flags that the lab's fork (core 0.13.1), upstream releases and PyPI's megatron-core all know. What they say of the
+model is in `cptain.model.arguments`.
 """
 
 import importlib.util
@@ -11,6 +10,7 @@ from pathlib import Path
 from cptain.data.manifest import Record
 from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
+from cptain.model import arguments
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
 from cptain.training.memory import choose_recompute
@@ -81,44 +81,6 @@ def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path)
                 f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
                 "run preprocess again"
             )
-
-
-def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Flags:
-    if architecture.rotary_base != int(architecture.rotary_base):
-        raise CptainError(f"config.json: rope_theta = {architecture.rotary_base}: Megatron takes whole numbers only")
-    padded = architecture.padded_vocab_size(tensor_parallel)
-    flags: Flags = [
-        ("--num-layers", str(architecture.num_layers)),
-        ("--hidden-size", str(architecture.hidden_size)),
-        ("--ffn-hidden-size", str(architecture.ffn_hidden_size)),
-        ("--num-attention-heads", str(architecture.num_attention_heads)),
-        ("--group-query-attention",),
-        ("--num-query-groups", str(architecture.num_query_groups)),
-        ("--kv-channels", str(architecture.kv_channels)),
-        ("--max-position-embeddings", str(architecture.max_position_embeddings)),
-        # Megatron pads the tokenizer's size to a multiple of this × tensor parallel size; as large as the model's own
-        # embedding, it always gives that, also where the tokenizer is smaller (Megatron would cut the embedding without
-        # a word).
-        ("--make-vocab-size-divisible-by", str(padded // tensor_parallel)),
-        ("--position-embedding-type", "rope"),
-        ("--rotary-base", str(int(architecture.rotary_base))),
-        ("--rotary-percent", "1.0"),
-        ("--normalization", "RMSNorm"),
-        ("--norm-epsilon", repr(architecture.norm_epsilon)),
-        ("--swiglu",),
-        ("--disable-bias-linear",),
-        ("--attention-dropout", "0.0"),
-        ("--hidden-dropout", "0.0"),
-    ]
-    if architecture.rope_scaling_factor is not None:
-        flags += [("--use-rope-scaling",), ("--rope-scaling-factor", repr(architecture.rope_scaling_factor))]
-    if architecture.qkv_bias:
-        flags += [("--add-qkv-bias",)]
-    if architecture.qk_layernorm:
-        flags += [("--qk-layernorm",)]
-    if not architecture.tied_embeddings:
-        flags += [("--untie-embeddings-and-output-weights",)]
-    return flags
 
 
 def _cpu_flags() -> Flags:
@@ -193,7 +155,7 @@ def megatron_flags(
         CptainError: what Megatron cannot represent.
     """
     parallel, train = run.parallel, run.train
-    flags = _architecture_flags(architecture, parallel.tensor)
+    flags: Flags = arguments.flags(architecture, parallel.tensor)
     flags += [
         ("--tensor-model-parallel-size", str(parallel.tensor)),
         ("--pipeline-model-parallel-size", str(parallel.pipeline)),

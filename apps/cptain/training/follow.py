@@ -6,8 +6,8 @@ import re
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from cptain.megatron.log import Step, parse_step, parse_validation
 from cptain.progress import Progress, human
@@ -21,14 +21,16 @@ _LOST_PEERS = re.compile(r"Connection closed by peer|Connection reset|Broken pip
 # Where torchrun begins to speak of a failure; what the ranks said is before it.
 _TORCHRUN_REPORT = re.compile(r"failed \(exitcode|Sending process \d+ closing signal|<frozen runpy>")
 _NATIVE_FRAME = re.compile(r"frame #\d+: ")
+_SIGNAL = re.compile(r"^SIG[A-Z]+$|SignalException")
 _SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 
 
 class Follower:
     """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr."""
 
-    def __init__(self, log: TextIO, progress: Progress, seq_length: int) -> None:
+    def __init__(self, log: FileIO, progress: Progress, seq_length: int) -> None:
         self.log, self.progress, self.seq_length = log, progress, seq_length
+        self._keeps = True
         self.first: Step | None = None
         self.last: Step | None = None
         self.tail: deque[str] = deque(maxlen=400)
@@ -39,9 +41,19 @@ class Follower:
         for line in output:
             self.line(line)
 
+    def keep(self, text: str) -> None:
+        """Write to the log. A disk that takes no more is said once, and ends no training."""
+        if self._keeps:
+            try:
+                self.log.write(text.encode())
+            except OSError as error:
+                self._keeps = False
+                where = f"{self.log.name!s}: cannot be written: {error.strerror}"
+                self.progress.say(f"train: {where}: training goes on, and its output is kept no more")
+
     def line(self, line: str) -> None:
-        self.log.write(line)
-        self.log.flush()
+        """Take one line."""
+        self.keep(line)
         self.tail.append(line.rstrip("\n"))
         if step := parse_step(line):
             self.first = self.first or step
@@ -68,6 +80,11 @@ def failure_reason(error_file: Path, tail: "deque[str]") -> str:
             if (match := pattern.search(line)) and "ChildFailedError" not in line:
                 return match[1]
     return next((line.strip() for line in reversed(tail) if line.strip()), "it printed nothing")
+
+
+def is_a_signal(reason: str) -> bool:
+    """Whether a failure is a rank's, or torchrun's own, ended by a signal before it could take one."""
+    return bool(_SIGNAL.search(reason))
 
 
 def only_lost_peers(reason: str) -> bool:

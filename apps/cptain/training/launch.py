@@ -1,11 +1,10 @@
-"""train: start torchrun, pass signals on to it, and follow it to its end.
+"""train: start torchrun, pass a request to stop on to its ranks, and follow it to its end.
 
-Megatron exits with status 0 after many failures (a missing checkpoint among them), so the verdict is not its exit
-status alone: a run is done when the checkpoint's tracker says so.
+One training of a run at a time: the first node holds the run's lock, and a link of a chain waits for one whose node was
+killed until it shows no sign of life. Signals are only noted (`stopping`); everything is done in one loop.
 """
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -13,21 +12,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from cptain.errors import RESUMABLE, CptainError, Interrupted, bad_usage
+from cptain.checkpoint.torch_dist import write_tracker
+from cptain.errors import RESUMABLE, CptainError, bad_usage
+from cptain.lock import lock
 from cptain.progress import Progress
 from cptain.run_file import RunFile
-from cptain.training.follow import Follower, failure_reason
-from cptain.training.outcome import past_failures, refuse_to_fail_again, verdict
-from cptain.training.prepare import Command, deadline
+from cptain.training.follow import Follower
+from cptain.training.nodes import read_nodes
+from cptain.training.outcome import Attempt, Ended, verdict
+from cptain.training.prepare import Command, deadline, prepare
+from cptain.training.record import TrainingRecord
+from cptain.training.stopping import Stop
 
-_GRACE = 30.0  # seconds for torchrun to end its ranks after a second signal
+_GRACE = 30.0  # seconds for torchrun to end its ranks after a second request
 _MARK = "CPTAIN_TRAINING"  # a variable that all processes of one training inherit
 _LEFTOVERS = 2.0  # seconds for the processes of an ended torchrun to end by themselves
+_LOOK = 0.2  # seconds between two looks at what signals ask for
 
 
 def _environment(run: RunFile, command: Command, error_file: Path) -> dict[str, str]:
@@ -92,42 +97,48 @@ def _end_now(process: "subprocess.Popen[str]") -> None:
         for pid in [*_ranks(process.pid), process.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
 
 
-@contextmanager
-def _alone(run: RunFile) -> Iterator[None]:
-    """Refuse a second training of the same run: both would write its checkpoints. The lock ends with the process."""
-    run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
-    with open(run.checkpoints_folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CptainError(f"train: another train is at work on {run.folder}") from None
-        except OSError:
-            pass  # a file system without locks, as some mounts of Lustre are
-        yield
+def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, accepted: tuple[str, ...] = ()) -> None:
+    """Train a run on this node until it is done, fails, or is stopped.
 
-
-def train(run: RunFile, command: Command) -> None:
-    """Start the command, follow it to its end, and raise unless the run is done.
+    Args:
+        run: the run.
+        cpu: see `prepare`.
+        nproc_per_node: see `prepare`.
+        accepted: see `prepare`.
 
     Raises:
         CptainError: exit status 75 where training stopped early and can be resumed, 1 where it failed, with the reason.
     """
-    if command.start > command.steps:
-        bad_usage(f"train.steps = {command.steps}: {run.checkpoints_folder} is at step {command.start}, beyond it")
-    if command.start == command.steps:
-        print(
-            f"train: all {command.steps} steps are done ({run.checkpoints_folder}); "
-            "to train again, give the run another name",
-            file=sys.stderr,
-        )
-        return
-    refuse_to_fail_again(run, command)
-    if (ends := deadline()) and ends <= time.time():
-        raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
-    failures, _ = past_failures(run, command.start)
+    nodes = read_nodes()
+    first = nodes is None or nodes.rank == 0
+    with ExitStack() as held:
+        if first:
+            held.enter_context(lock(run.folder / ".train.lock", f"train: {run.folder}", watch=True))
+        command = prepare(run, cpu, nproc_per_node, accepted=accepted)
+        if command.start > command.steps:
+            bad_usage(f"train.steps = {command.steps}: {run.checkpoints_folder} is at step {command.start}, beyond it")
+        if command.start == command.steps:
+            print(
+                f"train: all {command.steps} steps are done ({run.checkpoints_folder}); "
+                "to train again, give the run another name",
+                file=sys.stderr,
+            )
+            return
+        if (ends := deadline()) and ends <= time.time():
+            raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
+        attempt = Attempt(run, command.start)
+        if first:
+            attempt.begin()
+            if command.repair_tracker:
+                write_tracker(run.checkpoints_folder, command.start or None)
+            for line in command.lines:
+                print(f"train: {line}", file=sys.stderr)
+        _follow_to_the_end(run, command, attempt)
+
+
+def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None:
     run.logs_folder.mkdir(parents=True, exist_ok=True)
     node = f"-node{command.nodes.rank}" if command.nodes else ""
     log_file = run.logs_folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
@@ -136,16 +147,16 @@ def train(run: RunFile, command: Command) -> None:
     if command.nodes:
         where = f"node {command.nodes.rank + 1} of {len(command.nodes.hosts)}, rendezvous {command.nodes.endpoint}; "
     print(f"train: from {source} to step {command.steps}; {where}log: {log_file}", file=sys.stderr)
-    signalled = ""
+    record = TrainingRecord(run, command)
     with (
-        _alone(run) if command.is_first_node else nullcontext(),
         tempfile.TemporaryDirectory(prefix="cptain-") as scratch,
-        open(log_file, "w", encoding="utf-8") as log,
+        open(log_file, "wb", buffering=0) as log,
         Progress("train", command.steps, "step", done=command.start) as progress,
+        Stop().listening() as stop,
     ):
         error_file = Path(scratch) / "error.json"
-        log.write(command.shown() + "\n")
         follower = Follower(log, progress, run.train.seq_length)
+        follower.keep(command.shown() + "\n")
         process = subprocess.Popen(
             command.argv,
             stdout=subprocess.PIPE,
@@ -158,21 +169,35 @@ def train(run: RunFile, command: Command) -> None:
         )
         assert process.stdout is not None
         threading.Thread(target=_end_what_is_left, args=(process, error_file), daemon=True).start()
-        with ThreadPoolExecutor(1) as reader:  # in this thread a signal would lose the line that it comes amid
+        with ThreadPoolExecutor(1) as reader:
             read = reader.submit(follower.follow, process.stdout)
-            while True:
-                try:
-                    read.result()
-                    status = process.wait()
-                    break
-                except Interrupted as interrupt:
-                    if signalled:
-                        progress.say(f"train: {interrupt.signal_name} again: ending now, without saving")
-                        _end_now(process)
-                        status = process.returncode
-                        break
-                    signalled = interrupt.signal_name
-                    progress.say(f"train: {signalled}: saving after this step (again: end now)")
-                    _ask_to_stop(process)
-        reason = failure_reason(error_file, follower.tail)
-    verdict(run, command, follower, status, signalled, reason, log_file, failures)
+            try:
+                _attend(process, read, stop, progress, lambda: record.look(follower))
+            except BaseException:
+                _end_now(process)
+                raise
+            read.result()
+        status = process.wait()
+        how = Ended(status, stop.signal_name, stop.at_once, error_file, log_file)
+        verdict(run, command, follower, how, attempt, record)
+
+
+def _attend(
+    process: "subprocess.Popen[str]",
+    read: "Future[None]",
+    stop: Stop,
+    progress: Progress,
+    look: Callable[[], None],
+) -> None:
+    """Until all output is read: do what signals ask for, and `look` at what the output says."""
+    asked = ended = False
+    while not wait([read], timeout=_LOOK).done:
+        look()
+        if stop.signal_name and not asked:
+            asked = True
+            progress.say(f"train: {stop.signal_name}: saving after this step (again, 15 s later: end now)")
+            _ask_to_stop(process)
+        if stop.at_once and not ended:
+            ended = True
+            progress.say(f"train: {stop.signal_name} again: ending now, without saving")
+            _end_now(process)

@@ -6,20 +6,21 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from cptain.checkpoint.release import check_converted_from
-from cptain.checkpoint.tensors import check_checkpoint
-from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
-from cptain.data.blend import write_blend
+from cptain.data.blend import other_data, trained_on, write_blend
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError, bad_usage
-from cptain.model.architecture import Architecture, model_folder, read_architecture
-from cptain.run_file import RunFile
+from cptain.history import read_history, stretches
+from cptain.model.architecture import model_folder, read_architecture
+from cptain.run_file import RunFile, changed_keys
+from cptain.training.changes import check_changes
 from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
+from cptain.training.start import beginning
 
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
 
@@ -36,6 +37,11 @@ class Command:
         start: steps done before.
         nodes: the job's, where there are several.
         interface: the network interface towards the other nodes.
+        processes: of all nodes together.
+        data: what it trains on (`cptain.data.blend`).
+        accepted: what --accept let pass.
+        lines: what the user should know before it starts.
+        repair_tracker: the checkpoints' tracker does not name the iteration that training resumes from.
     """
 
     torchrun: list[str]
@@ -45,11 +51,16 @@ class Command:
     start: int
     nodes: Nodes | None = None
     interface: str = ""
+    processes: int = 1
+    data: dict[str, Any] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    repair_tracker: bool = False
 
     @property
-    def is_first_node(self) -> bool:
-        """Whether this node is the one of the job that writes what all share."""
-        return self.nodes is None or self.nodes.rank == 0
+    def node_count(self) -> int:
+        """How many nodes train."""
+        return len(self.nodes.hosts) if self.nodes else 1
 
     @property
     def argv(self) -> list[str]:
@@ -89,27 +100,41 @@ def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
     return records
 
 
-def _start(run: RunFile, architecture: Architecture) -> int | None:
-    """The iteration that training resumes from, or None where it begins with the converted checkpoint.
+def _since_then(
+    run: RunFile, start: int, data: dict[str, Any], accepted: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """Compare a run that goes on with what trained the step that it goes on from.
+
+    Returns:
+        What to tell the user, and what was accepted.
 
     Raises:
-        CptainError: the one that is needed is missing, incomplete, or not of this model.
+        CptainError: what cannot be changed was, or other data is not accepted.
     """
-    resume = (run.checkpoints_folder / TRACKER).exists()
-    root = run.checkpoints_folder if resume else run.megatron_folder
-    try:
-        iteration = read_tracker(root)
-    except CptainError as error:
-        raise error if resume else CptainError(f"{error} (run convert first)") from error
-    with TorchDistReader(iteration_folder(root, iteration)) as reader:
-        check_checkpoint(reader, architecture)
-        reader.check_objects()
-    if not resume:
-        check_converted_from(root, architecture, model_folder(run.model.hf))
-    return iteration if resume else None
+    done = stretches(read_history(run.folder), start)
+    if not done:
+        return [], []
+    before = done[-1][0]
+    passed: list[str] = []
+    if other := other_data(before.data, data):
+        if "data" not in accepted:
+            raise CptainError(
+                f"train: step {start} of {run.checkpoints_folder} was trained on other data: {other}: "
+                "give the run another name, or train with --accept data"
+            )
+        passed.append(f"data: {other}")
+    resolved = run.model_dump(mode="json", exclude_none=True)
+    lines = [f"changed since step {start}: {change}" for change in changed_keys(before.run, resolved)]
+    return [*lines, *check_changes(before.run, run)], passed
 
 
-def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, dry_run: bool = False) -> Command:
+def prepare(
+    run: RunFile,
+    cpu: bool = False,
+    nproc_per_node: int | None = None,
+    dry_run: bool = False,
+    accepted: tuple[str, ...] = (),
+) -> Command:
     """Check the run's inputs and build its command.
 
     Args:
@@ -117,6 +142,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
         cpu: train on the CPU, over gloo.
         nproc_per_node: processes; default: this machine's GPUs, or with `cpu` as many as hold one copy of the model.
         dry_run: do without a GPU where there is none.
+        accepted: what would be refused and is not: "data", that a run goes on with other data.
 
     Raises:
         CptainError: anything missing, damaged or impossible, before a process is started.
@@ -144,7 +170,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     check_parallel(run, architecture, processes * count)
     tokenizer_folder = model_folder(run.tokenizer)
     records = _check_data(run, tokenizer_folder)
-    start = _start(run, architecture)
+    begins = beginning(run, architecture)
     steps = train_steps(run, records)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
@@ -155,7 +181,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
         tokenizer_folder=tokenizer_folder,
         data_args=write_blend(run, records),
         steps=steps,
-        resume=start is not None,
+        resume=begins.iteration is not None,
         gpu_bytes=gpu_bytes,
     )
     if cpu:
@@ -167,7 +193,22 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     address, interface = own_address(nodes) if nodes else ("", "")
     rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
-    return Command(torchrun, script, flags, steps, start or 0, nodes, interface)
+    data = trained_on(run, records)
+    lines, passed = _since_then(run, begins.iteration or 0, data, accepted)
+    return Command(
+        torchrun,
+        script,
+        flags,
+        steps,
+        begins.iteration or 0,
+        nodes,
+        interface,
+        processes * count,
+        data,
+        passed,
+        [*begins.lines, *lines],
+        begins.repair_tracker,
+    )
 
 
 def deadline() -> float | None:

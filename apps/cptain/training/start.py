@@ -1,0 +1,86 @@
+"""Where a training begins: at the last whole checkpoint of the run, or at the converted one.
+
+Megatron begins where the tracker says, and with no tracker begins again at step 0 and writes over what is there. A
+process that is killed while it saves leaves a folder half-written, or whole and not yet named by the tracker; so the
+folders are looked at, and the tracker is a hint.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptain.checkpoint.release import check_converted_from
+from cptain.checkpoint.tensors import check_checkpoint
+from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
+from cptain.errors import CptainError
+from cptain.model.architecture import Architecture, model_folder
+from cptain.run_file import RunFile
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a training begins.
+
+    Attributes:
+        iteration: steps done before; None: the converted checkpoint is begun with.
+        lines: what was passed over, and why.
+        repair_tracker: the tracker names another iteration, or there is none.
+    """
+
+    iteration: int | None
+    lines: list[str]
+    repair_tracker: bool = False
+
+
+def beginning(run: RunFile, architecture: Architecture) -> Beginning:
+    """Find where a training of the run begins, and check that checkpoint.
+
+    Raises:
+        CptainError: there is none, or it is not of this model; the tracker names one that is damaged, and none before
+            it is whole.
+    """
+    root = run.checkpoints_folder
+    named, unreadable = _named(root)
+    there = sorted((int(name) for path in root.glob("iter_*") if (name := path.name[5:]).isdigit()), reverse=True)
+    passed: list[str] = []
+    for iteration in there if named is None else [named, *(one for one in there if one < named)]:
+        try:
+            reader = TorchDistReader(iteration_folder(root, iteration))
+        except CptainError as error:
+            passed.append(str(error))
+            continue
+        with reader:
+            check_checkpoint(reader, architecture)
+            reader.check_objects()
+        if iteration == named:
+            return Beginning(iteration, [])
+        why = passed if named is not None else [str(unreadable or f"{root / TRACKER}: missing"), *passed]
+        lines = [*why, f"continuing from {reader.folder}, the last whole checkpoint"]
+        return Beginning(iteration, lines, repair_tracker=True)
+    if named is not None:
+        raise CptainError(passed[0])
+    if unreadable and not passed:
+        raise unreadable
+    _check_converted(run, architecture)
+    return Beginning(None, [*passed, "beginning again: nothing was saved before it"] if passed else [])
+
+
+def _named(root: Path) -> tuple[int | None, CptainError | None]:
+    """The iteration that the tracker names, and what is wrong with the tracker."""
+    if not (root / TRACKER).exists():
+        return None, None
+    try:
+        return read_tracker(root), None
+    except CptainError as error:
+        return None, error
+
+
+def _check_converted(run: RunFile, architecture: Architecture) -> None:
+    root = run.megatron_folder
+    try:
+        iteration = read_tracker(root)
+    except CptainError as error:
+        raise CptainError(f"{error} (run convert first)") from error
+    with TorchDistReader(iteration_folder(root, iteration)) as reader:
+        check_checkpoint(reader, architecture)
+        reader.check_objects()
+    check_converted_from(root, model_folder(run.model.hf))
