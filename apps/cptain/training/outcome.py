@@ -144,7 +144,7 @@ def _fail(
     reason: str,
 ) -> None:
     if _DISK.search(reason):
-        free = shutil.disk_usage(run.checkpoints_folder).free
+        free = shutil.disk_usage(run.folder).free
         reason = f"{run.checkpoints_folder}: cannot be written ({human(free)}B free there): {reason}"
     if how.signal_name:
         reason = f"after {how.signal_name}: {reason}"
