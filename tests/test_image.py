@@ -143,7 +143,12 @@ def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> 
         assert place.run(stage, "runs/tiny.toml").returncode == 0
     train = ("train", "runs/tiny.toml", "--cpu")
     process = subprocess.Popen(
-        place.command(*train), cwd=place.folder, env=place.environment({}), stderr=subprocess.PIPE, text=True
+        place.command(*train),
+        cwd=place.folder,
+        env=place.environment({}),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     logs = place.folder / "demo" / "runs" / "tiny" / "logs"
     deadline = time.monotonic() + 120
@@ -151,10 +156,15 @@ def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> 
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    # As schedulers do: the group, every process of the session, and both again; Apptainer passes each on once more.
+    for pause in (0.021, 5.0):
+        os.killpg(process.pid, signal.SIGTERM)
+        subprocess.run(["pkill", "-TERM", "--session", str(process.pid)], check=False)
+        time.sleep(pause)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGTERM; saved at step " in said
+    assert " again: " not in said
     again = place.run(*train)
     assert again.returncode == 0, again.stderr
     assert "train: from step" in again.stderr

@@ -23,6 +23,7 @@ class Step:
         seconds: that the step took.
         sequences: consumed since the run began.
         global_batch_size: sequences in this step.
+        tflops: TFLOP/s a GPU as Megatron counts them (causal attention half), or None.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Step:
     seconds: float
     sequences: int
     global_batch_size: int
+    tflops: float | None = None
 
 
 def parse_step(line: str) -> Step | None:
@@ -50,6 +52,7 @@ def parse_step(line: str) -> Step | None:
             seconds=fields["elapsed time per iteration (ms)"] / 1000,
             sequences=int(fields["consumed samples"]),
             global_batch_size=int(fields["global batch size"]),
+            tflops=fields.get("throughput per GPU (TFLOP/s/GPU)"),
         )
     except KeyError:
         return None  # a step whose update was skipped logs no loss

@@ -201,12 +201,4 @@ def megatron_flags(
     else:
         flags += _gpu_flags(run)
         flags += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
-    if run.wandb is not None:
-        flags += [
-            ("--wandb-project", run.wandb.project),
-            ("--wandb-exp-name", run.name),
-            ("--wandb-save-dir", str(run.folder)),
-        ]
-        if run.wandb.entity is not None:
-            flags += [("--wandb-entity", run.wandb.entity)]
     return flags

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cptain.megatron.log import Step, parse_step, parse_validation
 from cptain.progress import Progress, human
+from cptain.training.metrics import Metrics
 
 _LAST_LINES = 20
 _SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
@@ -28,8 +29,8 @@ _SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 class Follower:
     """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr."""
 
-    def __init__(self, log: FileIO, progress: Progress, seq_length: int) -> None:
-        self.log, self.progress, self.seq_length = log, progress, seq_length
+    def __init__(self, log: FileIO, progress: Progress, seq_length: int, metrics: Metrics | None = None) -> None:
+        self.log, self.progress, self.seq_length, self._metrics = log, progress, seq_length, metrics
         self._keeps = True
         self.first: Step | None = None
         self.last: Step | None = None
@@ -61,9 +62,13 @@ class Follower:
             note = f"loss {step.loss:.4f}  lr {step.learning_rate:.3g}  {human(speed)} tokens/s"
             self.progress.advance(step.number - self.progress.done, note)
             self.last = step
+            if self._metrics:
+                self._metrics.step(step)
         elif (validation := parse_validation(line)) and validation[0] != self._validated:
             self._validated = validation[0]  # Megatron evaluates once more after the last step
             self.progress.say(f"train: step {validation[0]}: validation loss {validation[1]:.4f}")
+            if self._metrics:
+                self._metrics.validation(*validation)
         elif match := _SAVED.search(line):
             self.progress.say(f"train: step {match[1]}: saved")
 

@@ -23,6 +23,7 @@ from cptain.lock import lock
 from cptain.progress import Progress
 from cptain.run_file import RunFile
 from cptain.training.follow import Follower
+from cptain.training.metrics import Metrics
 from cptain.training.nodes import read_nodes
 from cptain.training.outcome import Attempt, Ended, verdict
 from cptain.training.prepare import Command, deadline, prepare
@@ -155,7 +156,8 @@ def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None
         Stop().listening() as stop,
     ):
         error_file = Path(scratch) / "error.json"
-        follower = Follower(log, progress, run.train.seq_length)
+        metrics = Metrics(run, progress.say)
+        follower = Follower(log, progress, run.train.seq_length, metrics)
         follower.keep(command.shown() + "\n")
         process = subprocess.Popen(
             command.argv,
@@ -177,6 +179,7 @@ def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None
                 _end_now(process)
                 raise
             read.result()
+        metrics.close()
         status = process.wait()
         how = Ended(status, stop.signal_name, stop.at_once, error_file, log_file)
         verdict(run, command, follower, how, attempt, record)
