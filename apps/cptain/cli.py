@@ -315,48 +315,53 @@ def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) ->
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path), required=False)
-@_set_option
+@_run_options
 @click.option(
     "--site", metavar="NAME|FILE", help="A site under jobs/sites, or a file of your own.  [default: jobs.site]"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where the scripts go.  [default: the run's jobs folder]")
-@click.option("--check-site", type=click.Path(path_type=Path), metavar="FILE", help="Check a site file, and stop.")
-@click.option(
-    "--state",
-    "submitted",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Say how the submitted jobs are, from the scheduler's words on stdin, and stop: for submit.sh --state.",
-)
-def jobs(
-    run: Path | None,
-    overrides: tuple[str, ...],
-    site: str | None,
-    out: Path | None,
-    check_site: Path | None,
-    submitted: Path | None,
-) -> None:
+def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | None) -> None:
     """Render the run's job scripts, and submit.sh, which submits them; print its path.
 
     The scripts use a copy of the run file as it is now. A [sweep] gives every combination its own.
     """
     from cptain.run_file import load_run
-    from cptain.scheduling import render, state
+    from cptain.scheduling.render import render
 
-    if submitted is not None:
-        click.echo("\n".join(state.table(submitted, sys.stdin.read())))
-        return
-    if check_site is not None:
-        click.echo(render.check_site(check_site))
-        return
-    if run is None:
-        raise click.UsageError("Missing argument 'RUN'.")
     typed = [str(run), *(word for override in overrides for word in ("--set", override))]
     typed += [*(["--site", site] if site else []), *(["--out", str(out)] if out else [])]
-    rendering = render.render(load_run(run, overrides), run, site, out, shlex.join(typed))
+    rendering = render(load_run(run, overrides), run, site, out, shlex.join(typed))
     for name, folder, chain, changes in rendering.runs:
         click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
         for change in changes:
             click.echo(f"jobs: {name}: changed since the last time: {change}", err=True)
     click.echo(rendering.submit)
+
+
+@main.command()
+@click.option(
+    "--jobs",
+    "submitted",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    required=True,
+    help="What submit.sh wrote of the jobs that it submitted: a name and an id a line.",
+)
+def status(submitted: Path) -> None:
+    """Show how the submitted jobs are: a line each, from the scheduler's own output on stdin.
+
+    bash submit.sh --state asks the scheduler on the host, and calls this.
+    """
+    from cptain.scheduling.state import table
+
+    click.echo("\n".join(table(submitted, sys.stdin.read())))
+
+
+@main.command()
+@click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
+def doctor(site: str) -> None:
+    """Check a site file, and print what the site is; exit status 2 where a key of it is wrong."""
+    from cptain.scheduling.sites import load_site
+
+    checked, file = load_site(site)
+    click.echo(f"{file}: {checked}")
