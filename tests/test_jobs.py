@@ -458,6 +458,38 @@ def test_a_sweep_that_is_none_is_refused(changes: dict[str, Any], says: str, mak
     assert says in refused(make_jobs_run(**changes))
 
 
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"train.lr": [2.5e-4, 1e-3], "data.key": ["text", "body"]},
+        {"name, train.lr, train.min_lr": [["true", 1e-3, 1e-4], ["an exp 2", 1e-3, 2e-6]], "jobs.nodes": [1]},
+        {"train.tokens": ["1K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
+    ],
+)
+def test_a_stage_refuses_a_sweep_with_a_command_that_does_one_of_its_runs(
+    sweep: dict[str, Any], make_jobs_run: RunFileMaker, tmp_path: Path
+) -> None:
+    file = make_jobs_run(name="base", jobs__nodes=1, sweep=sweep)
+    assert cptain("jobs", file, "--set", "train.seq_length=32").exit_code == 0
+    first = expand(load_run(file), file)[0]
+    (rendered,) = (first.folder / "jobs").glob("run.toml")
+    result = cptain("convert", file, "--workers", "1", "--set", "train.seq_length=32")
+    assert result.exit_code == 2
+    count = len(expand(load_run(file), file))
+    said, _, command = result.output.rstrip("\n").partition("; the first of them: ")
+    assert said == f"cptain: {file}: sweep: describes {count} runs and a stage works on one"
+    assert "\n" not in command
+    program = tmp_path / "bin" / "cptain"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nexec "{sys.executable}" -m cptain "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert load_run(first.folder / "run.toml") == load_run(rendered)
+    assert (load_run(file).folder / "megatron" / "release").is_dir()
+
+
 # Arrays
 
 

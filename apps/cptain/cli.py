@@ -39,6 +39,10 @@ def _status_and_message(error: BaseException) -> tuple[int, str]:
 class _Commands(click.Group):
     """Runs a command with the house's exit statuses: one line on stderr, a traceback only with --debug."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.obj = list(args)  # as typed, for a message that repeats the command
+        return super().parse_args(context, args)
+
     def invoke(self, context: click.Context) -> Any:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
@@ -93,12 +97,13 @@ def _force_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def _load(file: Path, overrides: tuple[str, ...]) -> Any:
     """Load the run file of a stage."""
     from cptain.image import keep_caches_out_of_home, warn_of_another_commit
-    from cptain.run_file import load_run, refuse_sweep
+    from cptain.run_file import load_run
+    from cptain.scheduling.sweep import refuse_sweep
 
     warn_of_another_commit()
     run = load_run(file, overrides)
     keep_caches_out_of_home(run.folder)
-    refuse_sweep(run, file)
+    refuse_sweep(run, file, click.get_current_context().find_root().obj)
     return run
 
 

@@ -1,7 +1,8 @@
 """How the submitted jobs are, from what the scheduler's own commands print.
 
-submit.sh --state runs those commands on the host, where cptain is not, and pipes their output to `cptain status`: `qstat -x -f -F
-json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one after the other.
+submit.sh --state runs those commands on the host, where cptain is not, and pipes their output to `cptain status`:
+`qstat -x -f -F json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one
+after the other.
 """
 
 import json
