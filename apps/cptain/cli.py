@@ -43,6 +43,9 @@ class _Commands(click.Group):
         context.obj = list(args)  # as typed, for a message that repeats the command
         return super().parse_args(context, args)
 
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a run, not of the alphabet
+
     def invoke(self, context: click.Context) -> Any:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
@@ -64,12 +67,34 @@ class _Commands(click.Group):
         sys.exit(status)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_ENVIRONMENT = """\b
+Environment:
+  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases; no file gets them
+  HF_HOME                  where downloads go; in the image, unless set, the run's cache folder
+  TMPDIR                   a fast folder of this machine; in the image, what is compiled goes there
+  CPTAIN_EXPECT_COMMIT     warn where the image holds another commit of cptain
+
+\b
+Set by the job scripts:
+  CPTAIN_DEADLINE          when training stops and saves, in seconds since 1970
+  CPTAIN_LINK              which train job of the chain this is, from 1
+  CPTAIN_NODE              which of the job's nodes this is, from 0
+  CPTAIN_CORES_PER_GPU     scheduler slots that come with a GPU
+"""
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_ENVIRONMENT,
+)
 @click.version_option(__version__, prog_name="cptain")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Continual pre-training of LLMs on HPC clusters: one run file from text and a Hugging Face model to a Hugging Face
     model.
+
+    RUN is the run file, which describes the run: docs/run-file.md has its keys.
 
     \b
     Exit status: 0 done, 1 failed, 2 bad usage or run file, 75 stopped early and resumable.
@@ -262,13 +287,13 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
     type=_Iteration(),
     default="latest",
     show_default=True,
-    help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far; "
+    help="Which checkpoint to export. final: the last step; an error until training reaches it. "
     "all: every complete one.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of the weights.  [default: as they were trained]",
+    help="Type of the weights.  [default: as they were trained]",
 )
 @click.option(
     "--shard-size",
@@ -353,9 +378,9 @@ def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | No
     help="What submit.sh wrote of the jobs that it submitted: a name and an id a line.",
 )
 def status(submitted: Path) -> None:
-    """Show how the submitted jobs are: a line each, from the scheduler's own output on stdin.
+    """Show how the submitted jobs are, a line each.
 
-    bash submit.sh --state asks the scheduler on the host, and calls this.
+    The scheduler's own output comes on stdin: bash submit.sh --state asks the scheduler on the host, and calls this.
     """
     from cptain.scheduling.state import table
 
@@ -365,7 +390,10 @@ def status(submitted: Path) -> None:
 @main.command()
 @click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
 def doctor(site: str) -> None:
-    """Check a site file, and print what the site is; exit status 2 where a key of it is wrong."""
+    """Check a site file, and print what the site is.
+
+    Exit status 2 where a key of it is wrong, with a line for each.
+    """
     from cptain.scheduling.sites import load_site
 
     checked, file = load_site(site)

@@ -210,7 +210,7 @@ class Jobs(Section):
     image: the Apptainer image; default: the one that `cptain jobs` runs in.
     shards: tasks of the preprocess job, which is an array.
     chain: how many train jobs follow one another; "auto": as many as the steps need, and one more.
-    seconds_per_step: what "auto" reckons with; default: what earlier logs of the run show.
+    seconds_per_step: the time of a step, for "auto"; default: what earlier logs of the run show.
     """
 
     site: Annotated[str, BeforeValidator(_expand_site)] | None = None

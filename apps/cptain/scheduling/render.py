@@ -114,7 +114,7 @@ def _steps(run: RunFile) -> int | None:
 def chain_length(run: RunFile) -> int:
     """How many train jobs the run needs: as jobs.chain says, or from the steps, the time of each and the walltime.
 
-    One more than reckoned, for what goes wrong; a job that finds nothing left to do ends at once.
+    One more than the steps need, for what goes wrong; a job that finds nothing left to do ends at once.
     """
     if run.jobs.chain != "auto":
         return run.jobs.chain
