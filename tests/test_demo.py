@@ -7,22 +7,32 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import tomli_w
 from conftest import PROJECT
 from cptain.megatron.log import read_steps, train_logs
 
 
-def start_demo(project: Path) -> "subprocess.Popen[str]":
-    """Start the demo of a project, its output in one, in a process group of its own, as a terminal does."""
-    return subprocess.Popen(
+@contextmanager
+def demo_of(project: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Start the demo of a project, its output in one, in a session of its own: a Ctrl-C is a signal to its group."""
+    demo = subprocess.Popen(
         [sys.executable, project / "runs" / "demo.py"],
-        env={**os.environ, "PYTHONPATH": str(PROJECT / "apps")},
+        env={**os.environ, "PYTHONPATH": str(PROJECT / "apps"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    try:
+        yield demo
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
 
 
 def test_ctrl_c_lets_the_training_save_and_ends_the_demo_in_a_line_and_the_next_is_a_whole_one(
@@ -31,25 +41,27 @@ def test_ctrl_c_lets_the_training_save_and_ends_the_demo_in_a_line_and_the_next_
     """With the tests' own small model and text in the place of the demo's."""
     (tmp_path / "runs").mkdir()
     shutil.copy(PROJECT / "runs" / "demo.py", tmp_path / "runs")
-    run_file = (PROJECT / "runs" / "tiny.toml").read_text(encoding="utf-8")
-    (tmp_path / "runs" / "tiny.toml").write_text(run_file.replace("= 60\n", "= 30\n"), encoding="utf-8")
+    run_file = tomllib.loads((PROJECT / "runs" / "tiny.toml").read_text(encoding="utf-8"))
+    run_file["train"]["steps"] = 40
+    (tmp_path / "runs" / "tiny.toml").write_text(tomli_w.dumps(run_file), encoding="utf-8")
     shutil.copytree(model, tmp_path / "demo" / "model")
     shutil.copytree(text_folder, tmp_path / "demo" / "text")
     run = tmp_path / "demo" / "runs" / "tiny"
 
-    demo = start_demo(tmp_path)
-    while not read_steps(train_logs(run / "logs")):
-        assert demo.poll() is None, demo.communicate()[0]
-        time.sleep(0.02)
-    os.killpg(demo.pid, signal.SIGINT)
-    output, _ = demo.communicate(timeout=120)
+    with demo_of(tmp_path) as demo:
+        while not read_steps(train_logs(run / "logs")):
+            assert demo.poll() is None, demo.communicate()[0]
+            time.sleep(0.02)
+        os.killpg(demo.pid, signal.SIGINT)
+        output, _ = demo.communicate(timeout=120)
     assert demo.returncode == 1
     assert "Traceback" not in output
+    assert "train: SIGINT: saving after this step" in output
     assert output.splitlines()[-1] == "demo: stopped; the next one begins anew"
     saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    assert 0 < saved < 30
-    assert "train: SIGINT: saving after this step" in output
+    assert 0 < saved < 40
 
-    whole, _ = (demo := start_demo(tmp_path)).communicate(timeout=300)
-    assert demo.returncode == 0, whole
-    assert re.search(r"\(30 steps, one stop\)$", whole, flags=re.MULTILINE), whole
+    with demo_of(tmp_path) as demo:
+        output, _ = demo.communicate(timeout=300)
+    assert demo.returncode == 0, output
+    assert re.search(r"\(40 steps, one stop\)$", output, flags=re.MULTILINE), output
