@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import zstandard
 from cptain.data.manifest import read_manifest
+from cptain.errors import Interrupted
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import load_run
 
@@ -131,15 +132,19 @@ def make_inputs() -> None:
 
 @contextmanager
 def started(*arguments: str, note: str = "") -> Iterator["subprocess.Popen[bytes]"]:
-    """Start one command as a user would. However the block ends, the command ends first: a Ctrl-C reaches it too, and
-    it saves."""
+    """Start one command as a user would. However the block ends, the command ends first, and saves: a terminal's Ctrl-C
+    reaches it too, and a SIGTERM is passed on."""
     print(f"\n$ cptain {' '.join(arguments)}{note}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "cptain", *arguments], cwd=PROJECT)
     try:
         yield process
+    except Interrupted as interrupt:
+        if interrupt.signal_name == "SIGTERM":
+            process.terminate()
+        raise
     finally:
         while process.returncode is None:
-            with suppress(KeyboardInterrupt):
+            with suppress(Interrupted):
                 process.wait()
 
 
@@ -202,9 +207,15 @@ def main() -> None:
         print(f"{name:<28} {value}")
 
 
+def interrupt(number: int, frame: object) -> NoReturn:
+    """End the demo, once the command in hand has ended."""
+    raise Interrupted(signal.Signals(number).name)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("demo: stopped; the next one begins anew")
+    except Interrupted as stop:
+        sys.exit(f"demo: stopped by {stop.signal_name}; the next one begins anew")

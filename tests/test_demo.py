@@ -57,7 +57,7 @@ def test_ctrl_c_lets_the_training_save_and_ends_the_demo_in_a_line_and_the_next_
     assert demo.returncode == 1
     assert "Traceback" not in output
     assert "train: SIGINT: saving after this step" in output
-    assert output.splitlines()[-1] == "demo: stopped; the next one begins anew"
+    assert output.splitlines()[-1] == "demo: stopped by SIGINT; the next one begins anew"
     saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert 0 < saved < 40
 

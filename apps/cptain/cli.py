@@ -4,7 +4,6 @@ Nothing heavy is imported before a command needs it: `cptain --help` answers at 
 """
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,6 +16,7 @@ import click
 
 from cptain import __version__
 from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
+from cptain.option_types import Bytes, Iteration, Shard
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -156,25 +156,12 @@ def _threads(workers: int | None) -> int:
     return workers or min(16, len(os.sched_getaffinity(0)))
 
 
-class _Shard(click.ParamType):  # type: ignore[type-arg]
-    """I/N, counted from 1."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
-        number, slash, count = value.partition("/")
-        digits = slash and all(part.isascii() and part.isdigit() for part in (number, count))
-        if digits and 1 <= int(number) <= int(count):
-            return int(number), int(count)
-        self.fail(f"{value!r}: allowed: I/N with I from 1 to N, such as 1/4", param, context)
-
-
 @main.command()
 @_run_options
 @click.option("--workers", type=click.IntRange(min=1), help="Cores to use.  [default: those there are]")
 @click.option(
     "--shard",
-    type=_Shard(),
+    type=Shard(),
     help="Do the I-th of N parts of the files, alike in bytes: for job arrays. The last to end writes the manifest.",
 )
 @click.option(
@@ -213,7 +200,7 @@ def preprocess(
 @_workers_option
 @click.option(
     "--shard",
-    type=_Shard(),
+    type=Shard(),
     help="Write the I-th of N parts of the checkpoint: for job arrays. The last to end completes it.",
 )
 @_force_option("Convert")
@@ -255,36 +242,11 @@ def train(run: Path, overrides: tuple[str, ...], dry_run: bool, cpu: bool, nproc
         start(loaded, command)
 
 
-class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """A number, or one of the words."""
-
-    name = "N|latest|final|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if value in ("latest", "final", "all"):
-            return str(value)
-        if isinstance(value, int) or (value.isascii() and value.isdigit() and int(value) > 0):
-            return int(value)
-        self.fail(f'{value!r}: allowed: a number, "latest", "final" or "all"', param, context)
-
-
-class _Bytes(click.ParamType):  # type: ignore[type-arg]
-    """A size such as 5GB, in decimal units."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
-        if match and (size := round(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2]])):
-            return size
-        self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
-
-
 @main.command()
 @_run_options
 @click.option(
     "--iteration",
-    type=_Iteration(),
+    type=Iteration(),
     default="latest",
     show_default=True,
     help="Which checkpoint to export. final: the last step; an error until training reaches it. "
@@ -297,7 +259,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option(
     "--shard-size",
-    type=_Bytes(),
+    type=Bytes(),
     default="5GB",
     show_default=True,
     help="No file of weights grows over this, unless by a single tensor.",
