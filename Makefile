@@ -37,7 +37,7 @@ SITE      ?=
 unexport RUN SITE IMAGE
 JOBS       = apptainer/inside.sh '$(IMAGE)' cptain jobs '$(RUN)' $(if $(SITE),--site '$(SITE)')
 
-.PHONY: help demo image sandbox image-cpu jobs submit test bench lint clean
+.PHONY: help demo image sandbox image-cpu jobs submit test bench lint docs clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -87,6 +87,9 @@ lint: $(VENV)/ready  ## format, lint and types
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check --quiet
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/ready  ## docs/cli.md, from the program
+	$(VENV)/bin/python docs/cli.py
 
 clean:  ## remove the venv and the demo
 	rm -rf $(VENV) demo

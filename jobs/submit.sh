@@ -15,9 +15,10 @@ unset RUN IMAGE  # of this shell's: the scripts have their own
 submitted=$here/submitted
 is_alive() { qstat "$1" > /dev/null 2>&1; }
 if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table of
+  [ -s "$submitted" ] || fail "$here: nothing was submitted from here yet"
   mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
   qstat -x -f -F json -t "${jobs[@]}" 2> /dev/null |
-    (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain jobs --state submitted)
+    (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit
 fi
 if [ -z "$dry_run" ]; then

@@ -13,11 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import zstandard
 from cptain.data.manifest import read_manifest
+from cptain.errors import Interrupted
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import load_run
 
@@ -127,32 +130,43 @@ def make_inputs() -> None:
     partial.rename(DEMO / "model")
 
 
-def cptain(*arguments: str) -> int:
-    """Run one command as a user would, and return its exit status."""
-    print(f"\n$ cptain {' '.join(arguments)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "cptain", *arguments], cwd=PROJECT).returncode
+@contextmanager
+def started(*arguments: str, note: str = "") -> Iterator["subprocess.Popen[bytes]"]:
+    """Start one command as a user would. However the block ends, the command ends first, and saves: a terminal's Ctrl-C
+    reaches it too, and a SIGTERM is passed on."""
+    print(f"\n$ cptain {' '.join(arguments)}{note}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "cptain", *arguments], cwd=PROJECT)
+    try:
+        yield process
+    except Interrupted as interrupt:
+        if interrupt.signal_name == "SIGTERM":
+            process.terminate()
+        raise
+    finally:
+        while process.returncode is None:
+            with suppress(Interrupted):
+                process.wait()
 
 
 def must(*arguments: str) -> None:
     """Run one command that has to succeed."""
-    if status := cptain(*arguments):
+    with started(*arguments) as process:
+        status = process.wait()
+    if status:
         sys.exit(f"demo: cptain {arguments[0]} ended with exit status {status}")
 
 
-def train_and_stop(logs: Path) -> None:
+def train_and_stop(file: str, logs: Path) -> None:
     """Start training, and send it SIGTERM at a step in the middle, as a scheduler would."""
-    command = [sys.executable, "-m", "cptain", "train", str(RUN_FILE), "--cpu"]
-    print(
-        f"\n$ cptain train {RUN_FILE.relative_to(PROJECT)} --cpu     # and SIGTERM at step {STOP_AT_STEP}", flush=True
-    )
-    process = subprocess.Popen(command, cwd=PROJECT)
-    while process.poll() is None:
-        steps = read_steps(train_logs(logs))
-        if steps and steps[-1].number >= STOP_AT_STEP:
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.2)
-    if (status := process.wait()) != 75:
+    with started("train", file, "--cpu", note=f"     # and SIGTERM at step {STOP_AT_STEP}") as process:
+        while process.poll() is None:
+            steps = read_steps(train_logs(logs))
+            if steps and steps[-1].number >= STOP_AT_STEP:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.2)
+        status = process.wait()
+    if status != 75:
         sys.exit(f"demo: the stopped training ended with exit status {status}, not 75")
 
 
@@ -169,7 +183,7 @@ def main() -> None:
     must("preprocess", file)
     must("convert", file)
     must("verify", str(run.model.hf), str(run.megatron_folder), "--logits")
-    train_and_stop(run.logs_folder)
+    train_and_stop(file, run.logs_folder)
     must("train", file, "--cpu")
     must("export", file)
     (exported,) = run.hf_folder.iterdir()
@@ -193,5 +207,15 @@ def main() -> None:
         print(f"{name:<28} {value}")
 
 
+def interrupt(number: int, frame: object) -> NoReturn:
+    """End the demo, once the command in hand has ended."""
+    raise Interrupted(signal.Signals(number).name)
+
+
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except Interrupted as stop:
+        sys.exit(f"demo: stopped by {stop.signal_name}; the next one begins anew")

@@ -1,6 +1,7 @@
 """The command line itself: quick to answer, honest when it fails, and as documented."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_every_key_of_the_run_file_is_documented() -> None:
         for key in annotation.model_fields if annotation else ():
             assert re.search(rf"`{section_name}\.{key}`|`\.{key}`", text), f"{section_name}.{key}"
         assert section_name in text
+
+
+def test_the_reference_of_the_commands_is_what_the_program_says() -> None:
+    reference = runpy.run_path(str(PROJECT / "docs" / "cli.py"))["reference"]
+    text = (PROJECT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert text == reference(), "docs/cli.md is not what the program says: make docs"
+
+
+def test_every_variable_that_job_scripts_and_users_set_is_in_the_reference() -> None:
+    sources = [*(PROJECT / "apps").rglob("*.py"), *(PROJECT / "jobs" / "templates").glob("*.j2")]
+    named = {name for source in sources for name in re.findall(r"CPTAIN_[A-Z_]+", source.read_text(encoding="utf-8"))}
+    text = (PROJECT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert {name for name in named if name not in text} == {"CPTAIN_TRAINING"}  # a mark of its processes, set by train
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,15 @@ def test_submit_chains_the_jobs_by_dependency(make_jobs_run: RunFileMaker) -> No
     assert wrong.stderr.startswith("usage: submit.sh")
 
 
+def apptainer_of(folder: Path, script: str) -> dict[str, str]:
+    """An environment in which a shell script plays apptainer; tests/test_cluster.py has the real one."""
+    program = folder / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\n{script}")
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "KEPT": str(folder)}
+
+
 NASTY = [
     "two  words",
     'o\'clock "now"',
@@ -147,14 +158,10 @@ NASTY = [
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_jobs_run: RunFileMaker) -> None:
-    """apptainer is played by a script here that keeps its arguments; tests/test_cluster.py has the real one."""
-    fake = tmp_path / "bin" / "apptainer"
-    fake.parent.mkdir()
-    fake.write_text(
-        '#!/bin/bash\nwhile [ "$1" != --app ]; do shift; done\n'
-        'printf "%s\\n" "$@" > "$KEPT/$2"\n[ "$2" != export ] || exit 99\n'
+    environment = apptainer_of(  # it keeps its arguments
+        tmp_path,
+        'while [ "$1" != --app ]; do shift; done\nprintf "%s\\n" "$@" > "$KEPT/$2"\n[ "$2" != export ] || exit 99\n',
     )
-    fake.chmod(0o755)
     work = tmp_path / nasty
     work.mkdir()
     image = work / "an image.sif"
@@ -167,7 +174,6 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
     assert result.exit_code == 0, result.output
     submit = Path(result.stdout.strip())
     shellcheck(*submit.parent.glob("*.sh"), severity="warning")  # below it: a remark on $ and ` in single quotes
-    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "KEPT": str(tmp_path)}
     done = subprocess.run(["bash", submit], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "submit.sh: export: exit status 1" in done.stderr  # 99 is a word of Grid Engine's own
@@ -176,6 +182,77 @@ def test_odd_paths_reach_the_image_as_they_are(nasty: str, tmp_path: Path, make_
         assert kept[:4] == ["--app", stage, str(image), str(submit.parent / "run.toml")]
     assert not list(tmp_path.rglob("pwned"))
     assert load_run(submit.parent / "run.toml").work_dir == work
+
+
+def local_run(make_jobs_run: RunFileMaker, tmp_path: Path) -> Path:
+    """submit.sh of a run of the local site, three train jobs long."""
+    (tmp_path / "cptain.sif").touch()
+    file = make_jobs_run(jobs__site="local", jobs__nodes=1, jobs__chain=3, jobs__image=str(tmp_path / "cptain.sif"))
+    result = cptain("jobs", file)
+    assert result.exit_code == 0, result.output
+    return Path(result.stdout.strip())
+
+
+# Keeps the stage and its link, and ends with the status that the file of that name holds.
+STATUSES = """while [ "$1" != --app ]; do shift; done
+echo "$2$CPTAIN_LINK" >> "$KEPT/stages"
+exit "$(cat "$KEPT/$2$CPTAIN_LINK" 2> /dev/null || echo 0)"
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stages", "status", "says"),
+    [
+        ({"train1": 75, "train2": 75}, "preprocess convert train1 train2 train3 export", 0, ""),
+        (
+            {"train1": 75, "train2": 75, "train3": 75},
+            "preprocess convert train1 train2 train3",
+            75,
+            "submit.sh: train.3: stopped with work left; the same command continues\n",
+        ),
+        ({"train1": 75, "train2": 1}, "preprocess convert train1 train2", 1, "submit.sh: train.2: exit status 1\n"),
+        (
+            {"convert": 75},
+            "preprocess convert",
+            75,
+            "submit.sh: convert: stopped with work left; the same command continues\n",
+        ),
+    ],
+)
+def test_without_a_scheduler_a_train_job_that_stops_with_work_left_is_followed_by_the_next(
+    statuses: dict[str, int], stages: str, status: int, says: str, make_jobs_run: RunFileMaker, tmp_path: Path
+) -> None:
+    submit = local_run(make_jobs_run, tmp_path)
+    for stage, code in statuses.items():
+        (tmp_path / stage).write_text(str(code))
+    environment = apptainer_of(tmp_path, STATUSES)
+    done = subprocess.run(["bash", submit], env=environment, capture_output=True, text=True)
+    assert (tmp_path / "stages").read_text().split() == stages.split()
+    assert (done.returncode, done.stderr) == (status, says)
+
+
+def test_without_a_scheduler_ctrl_c_ends_the_stage_in_hand_and_starts_no_other(
+    make_jobs_run: RunFileMaker, tmp_path: Path
+) -> None:
+    submit = local_run(make_jobs_run, tmp_path)
+    environment = apptainer_of(
+        tmp_path,
+        'while [ "$1" != --app ]; do shift; done\necho "$2" >> "$KEPT/stages"\n[ "$2" = train ] || exit 0\n'
+        'trap "exit 75" INT\ntouch "$KEPT/training"\nwhile :; do sleep 0.05; done\n',
+    )
+    process = subprocess.Popen(
+        ["bash", submit], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "training").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (tmp_path / "stages").read_text().split() == ["preprocess", "convert", "train"]
+    assert (process.returncode, said) == (
+        75,
+        "submit.sh: train.1: stopped with work left; the same command continues\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,9 +318,10 @@ def test_a_wrong_site_file_is_told_key_by_key(change: dict[str, Any], says: str,
     site = {"scheduler": "slurm", "launcher": "srun", "gpus": 8} | change
     file = tmp_path / "my site.toml"
     file.write_text(tomli_w.dumps({key: value for key, value in site.items() if value is not None}))
-    said = refused("--check-site", file)
-    assert said.startswith(f"cptain: {file}: ")
-    assert says in said
+    result = cptain("doctor", "--site", file)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith(f"cptain: {file}: ")
+    assert says in result.output.splitlines()[-1]
 
 
 def test_a_site_file_of_one_s_own_works_by_path(tmp_path: Path, make_jobs_run: RunFileMaker) -> None:
@@ -251,7 +329,7 @@ def test_a_site_file_of_one_s_own_works_by_path(tmp_path: Path, make_jobs_run: R
     content = 'scheduler = "pbs"\ngpus = 2\nscratch = "$PBS_LOCALDIR/x"\ncache = "/c c"\n[environment]\n'
     content += 'A = "$(id) `id` \\"$HOME"'
     site.write_text(content + "\n")
-    assert cptain("jobs", "--check-site", site).output == f"{site}: pbs, no launcher: one node a job, 2 GPUs a node\n"
+    assert cptain("doctor", "--site", site).output == f"{site}: pbs, no launcher: one node a job, 2 GPUs a node\n"
     file = make_jobs_run()
     assert "jobs.nodes = 2: site ours has no launcher, and so one node a job" in refused(file, "--site", site)
     assert cptain("jobs", file, "--site", site, "--set", "jobs.nodes=1").exit_code == 0
@@ -378,6 +456,38 @@ def test_the_lab_s_six_experiments_differ_only_where_they_should(tmp_path: Path)
 )
 def test_a_sweep_that_is_none_is_refused(changes: dict[str, Any], says: str, make_jobs_run: RunFileMaker) -> None:
     assert says in refused(make_jobs_run(**changes))
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"train.lr": [2.5e-4, 1e-3], "data.key": ["text", "body"]},
+        {"name, train.lr, train.min_lr": [["true", 1e-3, 1e-4], ["an exp 2", 1e-3, 2e-6]], "jobs.nodes": [1]},
+        {"train.tokens": ["1K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
+    ],
+)
+def test_a_stage_refuses_a_sweep_with_a_command_that_does_one_of_its_runs(
+    sweep: dict[str, Any], make_jobs_run: RunFileMaker, tmp_path: Path
+) -> None:
+    file = make_jobs_run(name="base", jobs__nodes=1, sweep=sweep)
+    assert cptain("jobs", file, "--set", "train.seq_length=32").exit_code == 0
+    first = expand(load_run(file), file)[0]
+    (rendered,) = (first.folder / "jobs").glob("run.toml")
+    result = cptain("convert", file, "--workers", "1", "--set", "train.seq_length=32")
+    assert result.exit_code == 2
+    count = len(expand(load_run(file), file))
+    said, _, command = result.output.rstrip("\n").partition("; the first of them: ")
+    assert said == f"cptain: {file}: sweep: describes {count} runs and a stage works on one"
+    assert "\n" not in command
+    program = tmp_path / "bin" / "cptain"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nexec "{sys.executable}" -m cptain "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert load_run(first.folder / "run.toml") == load_run(rendered)
+    assert (load_run(file).folder / "megatron" / "release").is_dir()
 
 
 # Arrays
@@ -621,8 +731,35 @@ def test_jobs_that_stopped_with_work_left_are_told_from_failures() -> None:
         read_states("{")
 
 
+@pytest.mark.parametrize("site", ["pbs", "tsubame4", "slurm"])
+def test_the_state_of_a_run_that_was_never_submitted_is_one_line(site: str, make_jobs_run: RunFileMaker) -> None:
+    submit = Path(cptain("jobs", make_jobs_run(), "--site", site).stdout.strip())
+    done = subprocess.run(["bash", submit, "--state"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"submit.sh: {submit.parent}: nothing was submitted from here yet\n"
+
+
+def test_the_state_of_submitted_jobs_is_what_cptain_makes_of_the_scheduler_s_output(
+    make_jobs_run: RunFileMaker, tmp_path: Path
+) -> None:
+    """qstat is played by a script that prints what a real OpenPBS said."""
+    submit = Path(cptain("jobs", make_jobs_run()).stdout.strip())
+    (submit.parent / "submitted").write_text("preprocess 3[].pbs0\nconvert 1.pbs0\n")
+    environment = apptainer_of(tmp_path, f'shift 3\nexec "{sys.executable}" -m cptain "$@"\n')
+    qstat = tmp_path / "bin" / "qstat"
+    qstat.write_text(f"#!/bin/bash\ncat '{RECORDINGS}/openpbs/qstat-array-task3-exit7.json'\n")
+    qstat.chmod(0o755)
+    done = subprocess.run(["bash", submit, "--state"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "preprocess  3[].pbs0  2 done, 1 failed  exit status 7",
+        "convert     1.pbs0    unknown",
+    ]
+
+
 def test_every_site_of_the_project_is_right() -> None:
     for name in SITES:
         site, file = load_site(name)
-        assert cptain("jobs", "--check-site", file).exit_code == 0
+        assert cptain("doctor", "--site", name).output.startswith(f"{file}: {site.scheduler}, ")
         assert site.scheduler == "local" or site.launcher
+    assert cptain("doctor", "--site", "abc3").exit_code == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import RunFileMaker, cptain
 from cptain.errors import BAD_USAGE, CptainError
-from cptain.run_file import load_run, refuse_sweep, write_resolved
+from cptain.run_file import load_run, write_resolved
 
 
 def refusal(file: Path, *overrides: str) -> str:
@@ -98,6 +98,11 @@ def test_set_overrides_any_key_with_a_toml_value_or_one_bare_word(make_run: RunF
     assert load_run(make_run(sweep={"train.lr": [1]}), ('sweep."train.lr"=[1, 2]',)).sweep == {"train.lr": [1, 2]}
 
 
+def test_set_says_anew_how_long_a_run_is(make_run: RunFileMaker) -> None:
+    train = load_run(make_run(), ("train.tokens=1K",)).train
+    assert (train.steps, train.tokens) == (None, 1000)
+
+
 @pytest.mark.parametrize(
     "override", ["train.lr", "=1", "train..lr=1", "train.lr=1\nname='x'", "name=two words", "name.x=1"]
 )
@@ -137,12 +142,6 @@ def test_the_resolved_run_file_loads_as_the_same_run_and_changes_are_reported(ma
     assert load_run(run.folder / "run.toml") == run
     changed = load_run(make_run(wandb__project="p", train__lr=0.5, sweep={"train.lr": [1e-5, 5e-5]}))
     assert write_resolved(changed) == ["train.lr: 0.001 → 0.5"]
-
-
-def test_a_stage_refuses_a_run_file_that_describes_several_runs(make_run: RunFileMaker) -> None:
-    file = make_run(sweep={"train.lr": [1e-5, 2.5e-5, 5e-5], "train.steps": [10, 20]})
-    with pytest.raises(CptainError, match="sweep: describes 6 runs and a stage works on one"):
-        refuse_sweep(load_run(file), file)
 
 
 def test_a_stage_leaves_the_resolved_run_file_and_its_provenance(ready_run: Path) -> None:

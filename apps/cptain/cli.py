@@ -4,7 +4,6 @@ Nothing heavy is imported before a command needs it: `cptain --help` answers at 
 """
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,6 +16,7 @@ import click
 
 from cptain import __version__
 from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
+from cptain.option_types import Bytes, Iteration, Shard
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -39,6 +39,13 @@ def _status_and_message(error: BaseException) -> tuple[int, str]:
 class _Commands(click.Group):
     """Runs a command with the house's exit statuses: one line on stderr, a traceback only with --debug."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.obj = list(args)  # as typed, for a message that repeats the command
+        return super().parse_args(context, args)
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a run, not of the alphabet
+
     def invoke(self, context: click.Context) -> Any:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
@@ -60,12 +67,34 @@ class _Commands(click.Group):
         sys.exit(status)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_ENVIRONMENT = """\b
+Environment:
+  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases; no file gets them
+  HF_HOME                  where downloads go; in the image, unless set, the run's cache folder
+  TMPDIR                   a fast folder of this machine; in the image, what is compiled goes there
+  CPTAIN_EXPECT_COMMIT     warn where the image holds another commit of cptain
+
+\b
+Set by the job scripts:
+  CPTAIN_DEADLINE          when training stops and saves, in seconds since 1970
+  CPTAIN_LINK              which train job of the chain this is, from 1
+  CPTAIN_NODE              which of the job's nodes this is, from 0
+  CPTAIN_CORES_PER_GPU     scheduler slots that come with a GPU
+"""
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_ENVIRONMENT,
+)
 @click.version_option(__version__, prog_name="cptain")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Continual pre-training of LLMs on HPC clusters: one run file from text and a Hugging Face model to a Hugging Face
     model.
+
+    RUN is the run file, which describes the run: docs/run-file.md has its keys.
 
     \b
     Exit status: 0 done, 1 failed, 2 bad usage or run file, 75 stopped early and resumable.
@@ -93,12 +122,13 @@ def _force_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def _load(file: Path, overrides: tuple[str, ...]) -> Any:
     """Load the run file of a stage."""
     from cptain.image import keep_caches_out_of_home, warn_of_another_commit
-    from cptain.run_file import load_run, refuse_sweep
+    from cptain.run_file import load_run
+    from cptain.scheduling.sweep import refuse_sweep
 
     warn_of_another_commit()
     run = load_run(file, overrides)
     keep_caches_out_of_home(run.folder)
-    refuse_sweep(run, file)
+    refuse_sweep(run, file, click.get_current_context().find_root().obj)
     return run
 
 
@@ -123,25 +153,12 @@ def _threads(workers: int | None) -> int:
     return workers or min(16, len(os.sched_getaffinity(0)))
 
 
-class _Shard(click.ParamType):  # type: ignore[type-arg]
-    """I/N, counted from 1."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
-        number, slash, count = value.partition("/")
-        digits = slash and all(part.isascii() and part.isdigit() for part in (number, count))
-        if digits and 1 <= int(number) <= int(count):
-            return int(number), int(count)
-        self.fail(f"{value!r}: allowed: I/N with I from 1 to N, such as 1/4", param, context)
-
-
 @main.command()
 @_run_options
 @click.option("--workers", type=click.IntRange(min=1), help="Cores to use.  [default: those there are]")
 @click.option(
     "--shard",
-    type=_Shard(),
+    type=Shard(),
     help="Do the I-th of N parts of the files, alike in bytes: for job arrays. The last to end writes the manifest.",
 )
 @click.option(
@@ -179,7 +196,7 @@ def preprocess(
 @_workers_option
 @click.option(
     "--shard",
-    type=_Shard(),
+    type=Shard(),
     help="Write the I-th of N parts of the checkpoint: for job arrays. The last to end completes it.",
 )
 @_force_option("Convert")
@@ -233,49 +250,24 @@ def train(
     start(loaded, cpu, nproc_per_node, accept)
 
 
-class _Iteration(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """A number, or one of the words."""
-
-    name = "N|latest|final|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if value in ("latest", "final", "all"):
-            return str(value)
-        if isinstance(value, int) or (value.isascii() and value.isdigit() and int(value) > 0):
-            return int(value)
-        self.fail(f'{value!r}: allowed: a number, "latest", "final" or "all"', param, context)
-
-
-class _Bytes(click.ParamType):  # type: ignore[type-arg]
-    """A size such as 5GB, in decimal units."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
-        if match and (size := round(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2]])):
-            return size
-        self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
-
-
 @main.command()
 @_run_options
 @click.option(
     "--iteration",
-    type=_Iteration(),
+    type=Iteration(),
     default="latest",
     show_default=True,
-    help="Which checkpoint to export; final: the run's last step, and nothing before training has come so far; "
+    help="Which checkpoint to export. final: the last step; an error until training reaches it. "
     "all: every complete one.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of the weights.  [default: as they were trained]",
+    help="Type of the weights.  [default: as they were trained]",
 )
 @click.option(
     "--shard-size",
-    type=_Bytes(),
+    type=Bytes(),
     default="5GB",
     show_default=True,
     help="No file of weights grows over this, unless by a single tensor.",
@@ -324,48 +316,56 @@ def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) ->
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path), required=False)
-@_set_option
+@_run_options
 @click.option(
     "--site", metavar="NAME|FILE", help="A site under jobs/sites, or a file of your own.  [default: jobs.site]"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where the scripts go.  [default: the run's jobs folder]")
-@click.option("--check-site", type=click.Path(path_type=Path), metavar="FILE", help="Check a site file, and stop.")
-@click.option(
-    "--state",
-    "submitted",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Say how the submitted jobs are, from the scheduler's words on stdin, and stop: for submit.sh --state.",
-)
-def jobs(
-    run: Path | None,
-    overrides: tuple[str, ...],
-    site: str | None,
-    out: Path | None,
-    check_site: Path | None,
-    submitted: Path | None,
-) -> None:
+def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | None) -> None:
     """Render the run's job scripts, and submit.sh, which submits them; print its path.
 
     The scripts use a copy of the run file as it is now. A [sweep] gives every combination its own.
     """
     from cptain.run_file import load_run
-    from cptain.scheduling import render, state
+    from cptain.scheduling.render import render
 
-    if submitted is not None:
-        click.echo("\n".join(state.table(submitted, sys.stdin.read())))
-        return
-    if check_site is not None:
-        click.echo(render.check_site(check_site))
-        return
-    if run is None:
-        raise click.UsageError("Missing argument 'RUN'.")
     typed = [str(run), *(word for override in overrides for word in ("--set", override))]
     typed += [*(["--site", site] if site else []), *(["--out", str(out)] if out else [])]
-    rendering = render.render(load_run(run, overrides), run, site, out, shlex.join(typed))
+    rendering = render(load_run(run, overrides), run, site, out, shlex.join(typed))
     for name, folder, chain, changes in rendering.runs:
         click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
         for change in changes:
             click.echo(f"jobs: {name}: changed since the last time: {change}", err=True)
     click.echo(rendering.submit)
+
+
+@main.command()
+@click.option(
+    "--jobs",
+    "submitted",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    required=True,
+    help="What submit.sh wrote of the jobs that it submitted: a name and an id a line.",
+)
+def status(submitted: Path) -> None:
+    """Show how the submitted jobs are, a line each.
+
+    The scheduler's own output comes on stdin: bash submit.sh --state asks the scheduler on the host, and calls this.
+    """
+    from cptain.scheduling.state import table
+
+    click.echo("\n".join(table(submitted, sys.stdin.read())))
+
+
+@main.command()
+@click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
+def doctor(site: str) -> None:
+    """Check a site file, and print what the site is.
+
+    Exit status 2 where a key of it is wrong, with a line for each.
+    """
+    from cptain.scheduling.sites import load_site
+
+    checked, file = load_site(site)
+    click.echo(f"{file}: {checked}")

@@ -5,7 +5,6 @@ absolute. `load_run` is the only way in: it raises `CptainError` (exit status 2)
 key, value and what is allowed.
 """
 
-import math
 import os
 import re
 import tomllib
@@ -31,6 +30,7 @@ from cptain.toml_file import Duration, Section, is_section, read_toml, shown, va
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)")
+_HOW_LONG = ("steps", "tokens", "epochs")  # keys of [train]
 _TOKEN_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -172,7 +172,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        given = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
+        given = [key for key in _HOW_LONG if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and epochs (given: {', '.join(given) or 'none'})")
         if self.global_batch_size % self.micro_batch_size:
@@ -210,7 +210,7 @@ class Jobs(Section):
     image: the Apptainer image; default: the one that `cptain jobs` runs in.
     shards: tasks of the preprocess job, which is an array.
     chain: how many train jobs follow one another; "auto": as many as the steps need, and one more.
-    seconds_per_step: what "auto" reckons with; default: what earlier logs of the run show.
+    seconds_per_step: the time of a step, for "auto"; default: what earlier logs of the run show.
     """
 
     site: Annotated[str, BeforeValidator(_expand_site)] | None = None
@@ -314,11 +314,26 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         if not re.fullmatch(r"[\w./~${}@:+-]+", value_text):
             bad_usage(f"--set {override}: the value is not TOML; write a string as --set '{key_text}=\"...\"'")
         value = value_text
+    try:
+        set_key(document, path, value)
+    except ValueError as error:
+        bad_usage(f"--set {override}: {error}")
+
+
+def set_key(document: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a key of a parsed run file. One of train.steps, tokens and epochs takes the place of the others.
+
+    Raises:
+        ValueError: a step of the path is not a table.
+    """
     section = document
     for step in path[:-1]:
         section = section.setdefault(step, {})
         if not isinstance(section, dict):
-            bad_usage(f"--set {override}: {step} is not a table")
+            raise ValueError(f"{step} is not a table")
+    if path[:-1] == ["train"] and path[-1] in _HOW_LONG:
+        for key in _HOW_LONG:
+            section.pop(key, None)
     section[path[-1]] = value
 
 
@@ -348,16 +363,6 @@ def load_run(file: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     for override in overrides:
         _apply_override(document, override)
     return validate(RunFile, document, file)
-
-
-def refuse_sweep(run: RunFile, file: Path) -> None:
-    """A stage works on one run: refuse a run file that describes several."""
-    if run.sweep:
-        count = math.prod(len(values) for values in run.sweep.values())
-        bad_usage(
-            f"{file}: sweep: describes {count} runs and a stage works on one: "
-            f"choose with --set {next(iter(run.sweep))}=... --set sweep={{}}"
-        )
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -114,7 +114,7 @@ def _steps(run: RunFile) -> int | None:
 def chain_length(run: RunFile) -> int:
     """How many train jobs the run needs: as jobs.chain says, or from the steps, the time of each and the walltime.
 
-    One more than reckoned, for what goes wrong; a job that finds nothing left to do ends at once.
+    One more than the steps need, for what goes wrong; a job that finds nothing left to do ends at once.
     """
     if run.jobs.chain != "auto":
         return run.jobs.chain
@@ -312,15 +312,3 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     )
     _write_script(submit_folder / "submit.sh", submit)
     return Rendering(submit_folder / "submit.sh", written)
-
-
-def check_site(file: Path) -> str:
-    """Read a site file, and say what it is.
-
-    Raises:
-        CptainError: exit status 2, one line a wrong key.
-    """
-    site, _ = load_site(str(file))
-    gpus = f"{site.gpus} GPUs a node" if site.gpus else "no GPUs: trains on the CPU"
-    launcher = f"launcher {site.launcher}" if site.launcher else "no launcher: one node a job"
-    return f"{file}: {site.scheduler}, {launcher}, {gpus}"

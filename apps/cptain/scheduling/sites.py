@@ -90,6 +90,12 @@ class Site(Section):
             )
         return self
 
+    def __str__(self) -> str:
+        """What it is, in a line."""
+        gpus = f"{self.gpus} GPUs a node" if self.gpus else "no GPUs: trains on the CPU"
+        launcher = f"launcher {self.launcher}" if self.launcher else "no launcher: one node a job"
+        return f"{self.scheduler}, {launcher}, {gpus}"
+
     def check(self, name: str, nodes: int, walltime: str | None, group: str | None) -> None:
         """Refuse a job that the site would.
 

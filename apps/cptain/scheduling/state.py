@@ -1,7 +1,8 @@
 """How the submitted jobs are, from what the scheduler's own commands print.
 
-submit.sh --state runs those commands on the host, where cptain is not, and pipes their output here: `qstat -x -f -F
-json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one after the other.
+submit.sh --state runs those commands on the host, where cptain is not, and pipes their output to `cptain status`:
+`qstat -x -f -F json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one
+after the other.
 """
 
 import json
@@ -128,7 +129,7 @@ def read_states(text: str) -> list[State]:
             return list(_slurm(text))
         return list(_gridengine(text))
     except (ValueError, KeyError, ElementTree.ParseError) as error:
-        raise CptainError(f"jobs: what the scheduler says of the jobs cannot be read: {error}") from error
+        raise CptainError(f"status: what the scheduler says of the jobs cannot be read: {error}") from error
 
 
 def table(submitted: Path, text: str) -> list[str]:

@@ -6,11 +6,12 @@ name of the run file itself, unless the sweep changes what goes into them.
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from cptain.errors import bad_usage
-from cptain.run_file import RunFile, sweep_keys
+from cptain.run_file import RunFile, set_key, sweep_keys
 from cptain.toml_file import validate
 
 
@@ -26,7 +27,7 @@ def expand(run: RunFile, file: Path) -> list[RunFile]:
     """
     if not run.sweep:
         return [run]
-    document = run.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
+    document = _document(run)
     runs: dict[str, RunFile] = {}
     for rows in itertools.product(*(list(enumerate(rows, 1)) for rows in run.sweep.values())):
         combination: dict[str, Any] = json.loads(json.dumps(document))
@@ -34,7 +35,7 @@ def expand(run: RunFile, file: Path) -> list[RunFile]:
         for keys, (number, row) in zip(run.sweep, rows, strict=True):
             values = dict(zip(sweep_keys(keys), row if "," in keys else [row], strict=True))
             for dotted, value in values.items():
-                _set(combination, dotted, value)
+                set_key(combination, dotted.split("."), value)
             if "name" not in values:
                 labels.append(_label(*next(iter(values.items())), number))
         combination["name"] = "-".join([str(combination["name"]), *labels])
@@ -45,14 +46,9 @@ def expand(run: RunFile, file: Path) -> list[RunFile]:
     return _share(run, list(runs.values()), file)
 
 
-def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
-    *path, key = dotted.split(".")
-    for step in path:
-        document = document.setdefault(step, {})
-    if key in ("steps", "tokens", "epochs"):  # one of them says how long, so it takes the others' place
-        for other in ("steps", "tokens", "epochs"):
-            document.pop(other, None)
-    document[key] = value
+def _document(run: RunFile) -> dict[str, Any]:
+    """What a resolved run file holds, but for [sweep]."""
+    return run.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
 
 
 def _label(dotted: str, value: Any, number: int) -> str:
@@ -88,3 +84,39 @@ def _share(run: RunFile, runs: list[RunFile], file: Path) -> list[RunFile]:
         if len(set(zip(places, made_of, strict=True))) > len(set(places)):
             bad_usage(f"{file}: {key} is one folder, and the sweep would put different things into it: leave {key} out")
     return shared
+
+
+def refuse_sweep(run: RunFile, file: Path, typed: list[str]) -> None:
+    """A stage works on one run: refuse a run file that describes several, with a command that does the first of them.
+
+    Args:
+        run: the run file, as loaded.
+        file: where it was read.
+        typed: the arguments that cptain was called with.
+    """
+    if not run.sweep:
+        return
+    runs = expand(run, file)
+    settings = ["sweep={}", *_settings(_document(run), _document(runs[0]))]
+    command = shlex.join(["cptain", *typed, *(word for setting in settings for word in ("--set", setting))])
+    bad_usage(f"{file}: sweep: describes {len(runs)} runs and a stage works on one; the first of them: {command}")
+
+
+def _settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """KEY=VALUE for every key that makes of one resolved run file the other."""
+    settings = []
+    for key, value in after.items():
+        if isinstance(value, dict):
+            settings += _settings(before.get(key, {}), value, f"{prefix}{key}.")
+        elif value != before.get(key):
+            settings.append(f"{prefix}{key}={_inline(value)}")
+    return settings
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML, on one line: JSON but for tables."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_inline(part)}' for key, part in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    return json.dumps(value, ensure_ascii=False)

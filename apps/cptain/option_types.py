@@ -1,0 +1,47 @@
+"""What the values of some options are, said to click: parts of work, checkpoints, sizes.
+
+click's ParamType is generic since 8.4, and not before: hence the ignored type arguments.
+"""
+
+import re
+from typing import Any
+
+import click
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg]
+    """I/N, counted from 1."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        number, slash, count = value.partition("/")
+        digits = slash and all(part.isascii() and part.isdigit() for part in (number, count))
+        if digits and 1 <= int(number) <= int(count):
+            return int(number), int(count)
+        self.fail(f"{value!r}: allowed: I/N with I from 1 to N, such as 1/4", param, context)
+
+
+class Iteration(click.ParamType):  # type: ignore[type-arg]
+    """The number of a checkpoint, or which one is meant."""
+
+    name = "N|latest|final|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if value in ("latest", "final", "all"):
+            return str(value)
+        if isinstance(value, int) or (value.isascii() and value.isdigit() and int(value) > 0):
+            return int(value)
+        self.fail(f'{value!r}: allowed: a number, "latest", "final" or "all"', param, context)
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 5GB, in decimal units."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
+        if match and (size := round(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2]])):
+            return size
+        self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
