@@ -43,14 +43,6 @@ def remove_stale_partials(folder: Path) -> None:
             _remove(path)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that other processes may be looking at: it is whole until it is gone."""
-    aside = _partial(folder)
-    with suppress(OSError):
-        os.rename(folder, aside)
-        _remove(aside)
-
-
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (a rename is not, until the folder itself is on disk)."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -60,7 +52,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def cannot_write(final: Path, error: BaseException) -> None:
+def _cannot_write(final: Path, error: BaseException) -> None:
     """Raise the one-line error of a disk that takes no more; a write() that fails does not say on which file."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         raise CptainError(f"{final}: cannot be written: {error.strerror}") from error
@@ -79,7 +71,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     except BaseException as error:
         _remove(partial)
-        cannot_write(final, error)
+        _cannot_write(final, error)
         raise
 
 
@@ -98,46 +90,34 @@ def _take_name(partial: Path, final: Path, replaced: Path) -> None:
 
 
 @contextmanager
-def renamed_folder(folder: Path, final: Path) -> Iterator[None]:
-    """On success of the block, fsync the files of `folder`, which lies beside `final`, and give it that name.
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success fsync its files and rename it to `final`, on any exception remove it.
 
     A folder already there is replaced: it is moved aside before the rename and removed after, so that `final` is never
-    a mixture of both. On any exception the new folder keeps its name, and the old one its.
+    a mixture of both. On any exception it keeps its name.
     """
-    replaced = _partial(final.with_name(f"{final.name}.replaced"))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(final.parent)
+    partial, replaced = _partial(final), _partial(final.with_name(f"{final.name}.replaced"))
     try:
-        yield
-        for path in folder.rglob("*"):
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as written:
                     os.fsync(written.fileno())
-        fsync_folder(folder)
-        _take_name(folder, final, replaced)
+        fsync_folder(partial)
+        _take_name(partial, final, replaced)
         fsync_folder(final.parent)
     except BaseException as error:
         with suppress(OSError):  # nothing was moved aside, or the name is taken
             os.rename(replaced, final)
         if final.exists():
             _remove(replaced)
-        cannot_write(final, error)
+        _remove(partial)
+        _cannot_write(final, error)
         raise
     _remove(replaced)  # whatever has the name now: another process may be replacing it in turn
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the name `final`, see `renamed_folder`, and on any exception
-    it is removed."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(final.parent)
-    partial = _partial(final)
-    try:
-        with renamed_folder(partial, final):
-            partial.mkdir()
-            yield partial
-    except BaseException:
-        _remove(partial)
-        raise
 
 
 def write_text(final: Path, text: str) -> None:

@@ -9,17 +9,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cptain import __version__
 from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
-from cptain.checkpoint.parts import SharedFolder, remove_parts
 from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
@@ -120,7 +119,7 @@ def fill_from_hf(reader: SafetensorsReader, names: list[str], runs: list[Run], f
     return fill
 
 
-def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
+def plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
     """Every chunk of the checkpoint: a layer's part of a Megatron tensor, or 256 MB of a larger one."""
     writer = TorchDistWriter(reader.bytes)
     runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
@@ -144,17 +143,29 @@ def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWri
     return writer
 
 
-def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int, int] = (1, 1)) -> Path:
+def complete(folder: Path, writer: TorchDistWriter, source: dict[str, Any], architecture: Architecture) -> None:
+    """Make a folder that holds the files of a plan a checkpoint, and record what it was made of."""
+    record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
+    (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    common = {
+        "args": _megatron_args(architecture),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+    }
+    writer.finish(folder, common)
+
+
+def convert(run: RunFile, workers: int = 1, force: bool = False) -> Path:
     """Convert the run's Hugging Face model, unless that is done.
 
     Args:
         run: the run.
         workers: threads.
-        force: convert again, in one part.
-        part: (I, N) writes the I-th of N parts of the checkpoint; the last to end completes it.
+        force: convert again.
 
     Returns:
-        The checkpoint's root, whose `release` is complete unless parts are missing.
+        The checkpoint's root, whose `release` is complete.
 
     Raises:
         CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json.
@@ -167,50 +178,13 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
         source = source_of(folder, reader)
         remove_stale_partials(root)
         if not force and is_converted(root, source):
-            remove_parts(release, finished=True)
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
             return root
         began = time.monotonic()
-        writer = _plan(reader, architecture)
-
-        def finish(folder: Path) -> None:
-            record = {"cptain": __version__, "source": source, "architecture": asdict(architecture)}
-            (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-            common = {
-                "args": _megatron_args(architecture),
-                "checkpoint_version": 3.0,
-                "iteration": 0,
-                "num_floating_point_operations_so_far": 0,
-            }
-            writer.finish(folder, common)
-
-        if part == (1, 1):
-            with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
-                write_files(partial, writer.files, workers, progress.advance)
-                finish(partial)
-        else:
-            shared = SharedFolder(release, json.dumps(source), writer.files, part)
-            shared.write(lambda: is_converted(root, source), lambda beat: _write_part(shared, part, workers, beat))
-            missing = shared.missing()
-            left = (
-                f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
-            )
-            print(f"convert: part {part[0]} of {part[1]} is done{left}", file=sys.stderr)
-            if missing or not shared.finish(lambda: finish(shared.folder)):
-                if is_converted(root, source):  # by another process, whose parts this one may have made again to look
-                    remove_parts(release, finished=True)
-                return root
+        writer = plan(reader, architecture)
+        with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
+            write_files(partial, writer.files, workers, progress.advance)
+            complete(partial, writer, source, architecture)
         write_tracker(root, None)
-        remove_parts(release)
         print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
     return root
-
-
-def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int, beat: Callable[[], None]) -> None:
-    with Progress(f"convert {part[0]}/{part[1]}", sum(file.bytes for file in shared.files), "B") as progress:
-
-        def advance(count: int, name: str) -> None:
-            progress.advance(count, name)
-            beat()
-
-        write_files(shared.folder, shared.files, workers, advance)
