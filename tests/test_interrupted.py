@@ -244,3 +244,12 @@ def test_an_error_of_the_disk_names_the_folder_and_keeps_the_old_one(tmp_path: P
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
     assert [path.name for path in final.iterdir()] == ["old"]
+
+
+def test_what_a_process_of_another_namespace_is_writing_is_left_alone(tmp_path: Path) -> None:
+    clean = "import sys; from pathlib import Path; from cptain.atomic import remove_stale_partials as clean; "
+    clean += "clean(Path(sys.argv[1]))"
+    with atomic_folder(tmp_path / "release") as folder:  # by this process, whose number means nothing there
+        apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+        subprocess.run([*apart, sys.executable, "-c", clean, tmp_path], check=True)
+        assert folder.exists()

@@ -2,7 +2,8 @@
 
 Everything is written beside its final name, flushed to disk, then renamed: rename is atomic within one file system, so
 a reader sees the old thing, the new thing or nothing. What a killed process leaves behind carries `PARTIAL` in its name
-with the host and process that wrote it, and the next writer of the same name removes it once that process is gone.
+with the host, the PID namespace and the process that wrote it, and the next writer of the same name removes it once
+that process is gone.
 """
 
 import errno
@@ -10,22 +11,21 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cptain.errors import CptainError
-from cptain.lock import process_start
+from cptain.lock import process_start, this_place
 
 PARTIAL = ".partial"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-(?P<pid>\d+)$")
+_PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-(?P<namespace>\d+)-(?P<pid>\d+)$")
 
 
 def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}")
+    return final.with_name(f".{final.name}{PARTIAL}-{'-'.join(this_place())}-{os.getpid()}")
 
 
 def _remove(path: Path) -> None:
@@ -36,10 +36,13 @@ def _remove(path: Path) -> None:
 
 
 def remove_stale_partials(folder: Path) -> None:
-    """Remove what killed processes of this host left in `folder`. Another host's leftovers stay: it may be alive."""
+    """Remove what killed processes left in `folder`. What was written on another host or in another PID namespace
+    stays: whether its writer lives cannot be known here."""
     for path in folder.glob(f".*{PARTIAL}-*"):
         match = _PARTIAL_NAME.match(path.name)
-        if match and match["host"] == socket.gethostname() and process_start(int(match["pid"])) is None:
+        if not match or (match["host"], match["namespace"]) != this_place():
+            continue
+        if process_start(int(match["pid"])) is None:
             _remove(path)
 
 
