@@ -1,11 +1,12 @@
-"""convert of a model that is larger than the disk, in parts: wall seconds and the memory of each part's process.
+"""A model larger than the disk, converted in parts: wall seconds, and the memory of each part's process.
 
     make bench BENCH='scale --shape 405b --folder /dev/shm/scale'
 
 The source is sparse: it has the sizes of the real model, and in all its zeros a few bytes of its own every --stride.
-As soon as a part is written its zeros are punched out again (`fallocate --dig-holes`), so that the whole checkpoint
-fits too. In the end torch's own reader finds the metadata, and --samples of the source's bytes are looked up in the
-checkpoint by Megatron's layout, computed here; `cptain verify` compares all of both.
+Each part of the files is planned and written by a process of its own, with the functions of `cptain convert`, and its
+zeros are punched out again (`fallocate --dig-holes`), so that the whole checkpoint fits too. In the end torch's own
+reader finds the metadata, and --samples of the source's bytes are looked up in the checkpoint by Megatron's layout,
+computed here; `cptain verify` compares all of both.
 """
 
 import argparse
@@ -170,6 +171,33 @@ def check(source: Source, release: Path, samples: int) -> int:
     return samples
 
 
+# Writes part I of N of the checkpoint's files; the last makes the folder a checkpoint.
+PART = """
+import sys
+from pathlib import Path
+from cptain.checkpoint.convert import complete, plan
+from cptain.checkpoint.release import source_of
+from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.streaming import write_files
+from cptain.checkpoint.torch_dist import RELEASE, write_tracker
+from cptain.model.architecture import read_architecture
+
+model, root, (part, parts, workers) = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
+release, architecture = root / RELEASE, read_architecture(model)
+release.mkdir(parents=True, exist_ok=True)
+with SafetensorsReader(model) as reader:
+    writer = plan(reader, architecture)
+    total, before, files = sum(file.bytes for file in writer.files), 0, []
+    for file in writer.files:
+        if (2 * before + file.bytes) * parts // (2 * total) == part - 1:
+            files.append(file)
+        before += file.bytes
+    write_files(release, files, workers, lambda count, name: None)
+    if part == parts:
+        complete(release, writer, source_of(model, reader), architecture)
+        write_tracker(root, None)
+"""
+
 # Run by a small process between: to Linux, what a process was before it became another program counts too.
 MEASURED = """
 import resource, subprocess, sys
@@ -202,23 +230,19 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     source = Source(folder / "model", arguments.shape, arguments.stride)
     parts = arguments.parts or -(-source.bytes // 5_000_000_000)
-    (folder / "run.toml").write_text(
-        f'name = "bench"\nwork_dir = "{folder}"\n[model]\nhf = "{source.folder}"\n[data]\ninput = ["x"]\n'
-        "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
-    )
-    cptain, root = [sys.executable, "-m", "cptain"], folder / "bench" / "megatron"
-    workers = ["--workers", str(arguments.workers)]
+    root, workers = folder / "megatron", str(arguments.workers)
     alone = run([sys.executable, "-c", "import torch"])[1]
     walls, peaks, punched = [], [], set()
     for number in range(1, parts + 1):
-        wall, peak = run([*cptain, "convert", str(folder / "run.toml"), *workers, "--shard", f"{number}/{parts}"])
+        part = [str(source.folder), str(root), str(number), str(parts), workers]
+        wall, peak = run([sys.executable, "-c", PART, *part])
         walls.append(wall)
         peaks.append(peak)
         for file in {*root.rglob("*.distcp")} - punched:
             subprocess.run(["fallocate", "--dig-holes", file], check=True)
             punched.add(file)
     checked = check(source, root / "release", arguments.samples)
-    wall, peak = run([*cptain, "verify", str(source.folder), str(root), *workers])
+    wall, peak = run([sys.executable, "-m", "cptain", "verify", str(source.folder), str(root), "--workers", workers])
     print(
         "| model | GB | parts | wall s | GB/s | peak MB above import torch | samples right | verify s | its peak MB |"
     )

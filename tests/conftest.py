@@ -93,7 +93,7 @@ def rows_of(tensor: Any) -> Callable[[int, int, Any], None]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What is half-written, or was left so, below `folder`."""
-    return [path for path in folder.rglob("*") if ".partial" in path.name or ".parts-" in path.name]
+    return [path for path in folder.rglob("*") if ".partial" in path.name]
 
 
 def wait_until_half_written(folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import sys
@@ -20,6 +21,7 @@ from conftest import count, rows_of
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import write_files
 from cptain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from cptain.checkpoint.torch_save import _NAMES, _PLAIN, load_pickle
 from cptain.errors import CptainError
 from cptain.progress import Progress
 from safetensors.torch import save_file
@@ -266,6 +268,53 @@ def test_a_member_of_an_enum_that_an_older_python_pickled_by_getattr_is_read(cop
 def test_getattr_leads_nowhere_but_to_members_of_enums(copy: Path, program: bytes) -> None:
     put(copy, "layers._extra_state/shard_0_1", program)
     assert refusal(read_all, copy)
+
+
+CLASSES = [f"{module}.{name}" for module, name in sorted({*_NAMES, *_PLAIN} - {("builtins", "getattr")})]
+CLASSES += ["torch.FloatStorage", "torch.storage.UntypedStorage", "megatron.core.x.MCoreMetadata"]
+ALLOWED = [*CLASSES, "builtins.getattr", "__builtin__.getattr", "torch.float32", "signal.SIGTERM"]
+STATES = [
+    (attribute, value)
+    for attribute in ("__call__", "__setstate__", "__class__", "__new__", "__init__", "__eq__", "value", "arguments")
+    for value in (b"cmegatron.core.x\nAny\n", b"cbuiltins\nset\n", b"N")
+]
+
+
+def changes(dotted: str) -> Iterator[bytes]:
+    """Pickles that give a state, in both of the forms that there are, to a global and to what it and getattr make."""
+    module, _, name = dotted.rpartition(".")
+    named = f"c{module}\n{name}\n".encode()
+    member = MEMBER[2:] % (named + b"U\x04name")
+    for target in (named, named + b")R", named + b"K\x01\x85R", named + b")\x81", named + b"K\x01\x85\x81", member):
+        for attribute, value in STATES:
+            state = b"}U" + bytes([len(attribute)]) + attribute.encode() + value + b"s"
+            yield b"\x80\x04" + target + state + b"b."
+            yield b"\x80\x04" + target + b"N" + state + b"\x86b."
+
+
+def read(pickled: bytes) -> str:
+    """What a pickle holds, or why it is refused."""
+    try:
+        return re.sub(r"0x\w+", "0x", repr(load_pickle(pickled)))
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def test_no_pickle_changes_what_a_later_one_is_given_or_refused() -> None:
+    """One that gave the stand-in for getattr a __call__ let every later pickle call what getattr had made."""
+    file_system = b"ctorch.distributed.checkpoint.filesystem\nFileSystem\n"
+    hostile = MEMBER % (file_system + b"U\x06rename") + b"(U\x01aU\x01btR."
+    honest = b"\x80\x04(" + MEMBER[2:] % (MODE + b"U\x08DISABLED")
+    for dotted in ALLOWED:
+        honest += b"c%b\n%b\n" % tuple(dotted.encode().rsplit(b".", 1)) + (b"2)R" if dotted in CLASSES else b"")
+    honest += b"t."
+    before = read(honest), read(hostile)
+    assert [text.startswith("refused") for text in before] == [False, True]
+    for dotted in ALLOWED:
+        for pickled in changes(dotted):
+            read(pickled)
+            count("pickles that change what they are given")
+        assert (read(honest), read(hostile)) == before, dotted
 
 
 BOMBS = {

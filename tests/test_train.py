@@ -109,7 +109,7 @@ def test_a_signal_saves_the_step_in_hand_and_exits_75(
     wait_for_step(file, 3)
     second = cptain("train", file, "--cpu")
     assert second.exit_code == 1
-    assert last_line(second).startswith(f"cptain: train: {load_run(file).folder}: process {process.pid} on ")
+    assert last_line(second).startswith(f"cptain: train: {load_run(file).folder}: process {process.pid} on host ")
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output

@@ -2,7 +2,8 @@
 
 Everything is written beside its final name, flushed to disk, then renamed: rename is atomic within one file system, so
 a reader sees the old thing, the new thing or nothing. What a killed process leaves behind carries `PARTIAL` in its name
-with the host and process that wrote it, and the next writer of the same name removes it once that process is gone.
+with the host, the PID namespace and the process that wrote it, and the next writer of the same name removes it once
+that process is gone.
 """
 
 import errno
@@ -10,22 +11,21 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cptain.errors import CptainError
-from cptain.lock import process_start
+from cptain.lock import process_start, this_place
 
 PARTIAL = ".partial"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-(?P<pid>\d+)$")
+_PARTIAL_NAME = re.compile(rf"^\.(?P<final>.+){re.escape(PARTIAL)}-(?P<host>.+)-(?P<namespace>\d+)-(?P<pid>\d+)$")
 
 
 def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}")
+    return final.with_name(f".{final.name}{PARTIAL}-{'-'.join(this_place())}-{os.getpid()}")
 
 
 def _remove(path: Path) -> None:
@@ -36,19 +36,14 @@ def _remove(path: Path) -> None:
 
 
 def remove_stale_partials(folder: Path) -> None:
-    """Remove what killed processes of this host left in `folder`. Another host's leftovers stay: it may be alive."""
+    """Remove what killed processes left in `folder`. What was written on another host or in another PID namespace
+    stays: whether its writer lives cannot be known here."""
     for path in folder.glob(f".*{PARTIAL}-*"):
         match = _PARTIAL_NAME.match(path.name)
-        if match and match["host"] == socket.gethostname() and process_start(int(match["pid"])) is None:
+        if not match or (match["host"], match["namespace"]) != this_place():
+            continue
+        if process_start(int(match["pid"])) is None:
             _remove(path)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that other processes may be looking at: it is whole until it is gone."""
-    aside = _partial(folder)
-    with suppress(OSError):
-        os.rename(folder, aside)
-        _remove(aside)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -60,7 +55,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def cannot_write(final: Path, error: BaseException) -> None:
+def _cannot_write(final: Path, error: BaseException) -> None:
     """Raise the one-line error of a disk that takes no more; a write() that fails does not say on which file."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         raise CptainError(f"{final}: cannot be written: {error.strerror}") from error
@@ -79,7 +74,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     except BaseException as error:
         _remove(partial)
-        cannot_write(final, error)
+        _cannot_write(final, error)
         raise
 
 
@@ -98,46 +93,34 @@ def _take_name(partial: Path, final: Path, replaced: Path) -> None:
 
 
 @contextmanager
-def renamed_folder(folder: Path, final: Path) -> Iterator[None]:
-    """On success of the block, fsync the files of `folder`, which lies beside `final`, and give it that name.
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success fsync its files and rename it to `final`, on any exception remove it.
 
     A folder already there is replaced: it is moved aside before the rename and removed after, so that `final` is never
-    a mixture of both. On any exception the new folder keeps its name, and the old one its.
+    a mixture of both. On any exception it keeps its name.
     """
-    replaced = _partial(final.with_name(f"{final.name}.replaced"))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(final.parent)
+    partial, replaced = _partial(final), _partial(final.with_name(f"{final.name}.replaced"))
     try:
-        yield
-        for path in folder.rglob("*"):
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as written:
                     os.fsync(written.fileno())
-        fsync_folder(folder)
-        _take_name(folder, final, replaced)
+        fsync_folder(partial)
+        _take_name(partial, final, replaced)
         fsync_folder(final.parent)
     except BaseException as error:
         with suppress(OSError):  # nothing was moved aside, or the name is taken
             os.rename(replaced, final)
         if final.exists():
             _remove(replaced)
-        cannot_write(final, error)
+        _remove(partial)
+        _cannot_write(final, error)
         raise
     _remove(replaced)  # whatever has the name now: another process may be replacing it in turn
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the name `final`, see `renamed_folder`, and on any exception
-    it is removed."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(final.parent)
-    partial = _partial(final)
-    try:
-        with renamed_folder(partial, final):
-            partial.mkdir()
-            yield partial
-    except BaseException:
-        _remove(partial)
-        raise
 
 
 def write_text(final: Path, text: str) -> None:

@@ -194,22 +194,13 @@ def preprocess(
 @main.command()
 @_run_options
 @_workers_option
-@click.option(
-    "--shard",
-    type=Shard(),
-    help="Write the I-th of N parts of the checkpoint: for job arrays. The last to end completes it.",
-)
 @_force_option("Convert")
-def convert(
-    run: Path, overrides: tuple[str, ...], workers: int | None, shard: tuple[int, int] | None, force: bool
-) -> None:
+def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
     """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
-    if shard and force:
-        raise click.UsageError("--force goes without --shard: remove the checkpoint, and convert its parts again.")
     loaded = _load(run, overrides)
     from cptain.checkpoint.convert import convert as convert_model
 
-    if convert_model(loaded, _threads(workers), force, shard or (1, 1)):
+    if convert_model(loaded, _threads(workers), force):
         _record("convert", loaded)
 
 

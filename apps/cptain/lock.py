@@ -1,22 +1,34 @@
 """A lock that says who holds it, for folders that the nodes of a cluster share.
 
 flock reaches no other node on many parallel file systems. A symbolic link is made in one step or not at all on every
-one, and its target holds the words: host, PID namespace, process and that process's start. A dead process of this host
-is known at once; a holder elsewhere counts as dead when it has not touched its link for `STALE_AFTER` seconds.
+one, and its target holds the words: host, PID namespace, process, that process's start, since when, and a random number
+that makes them unlike those of any other lock. A thread of the holder touches the link every `_BEAT` seconds. A dead
+process of this host is known at once; a holder elsewhere counts as dead when it has not touched its link for long.
+
+Whoever removes a dead holder's link must not hit the next holder's, which may have come in between. So a link is only
+ever removed under a guard, a link beside it that is named by a hash of its words W: whoever has made the guard reads
+the link again, and removes it if it still says W. Nobody else can remove W then, and no later link says W.
 """
 
+import hashlib
 import os
+import secrets
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from cptain.errors import CptainError
 
-STALE_AFTER = 900.0
-_BETWEEN_BEATS = 30.0
-_PATIENCE = 3.0  # a killed process takes a moment to be gone
+STALE_AFTER = 900.0  # seconds without a touch, by the clocks of two hosts, which may differ
+_WATCHED = 180.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
+_BEAT = 20.0  # seconds
+_PATIENCE = 3.0  # seconds: a killed process takes a moment to be gone
+_LOOK = 0.1  # seconds from one look at a link to the next
 
 
 class Held(CptainError):
@@ -33,76 +45,158 @@ def process_start(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]
 
 
-def _where() -> tuple[str, str]:
-    return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+def this_place() -> tuple[str, str]:
+    """The host and the PID namespace, within which a process's number means something."""
+    return socket.gethostname(), str(os.stat("/proc/self/ns/pid").st_ino)
 
 
-def _holder_lives(words: str, file: Path) -> bool:
+class _Words(NamedTuple):
+    host: str
+    namespace: str
+    pid: str
+    start: str
+    since: str  # seconds since the epoch
+    nonce: str
+
+    @property
+    def are_of_this_place(self) -> bool:
+        return (self.host, self.namespace) == this_place()
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(int(self.since)))
+        return f"process {self.pid} on host {self.host} (since {since})"
+
+
+def _new_words() -> str:
+    pid = os.getpid()
+    return "|".join((*this_place(), str(pid), str(process_start(pid)), str(int(time.time())), secrets.token_hex(8)))
+
+
+def _living(words: str, link: Path) -> _Words | None:
+    """Who made a link that says `words`, where it lives as far as one look can tell."""
     try:
-        host, namespace, pid, start = words.split("|")
-        if (host, namespace) == _where():
-            return process_start(int(pid)) == start
-        return time.time() - file.lstat().st_mtime < STALE_AFTER
-    except ValueError:
-        return False  # no words of ours
+        maker = _Words(*words.split("|"))
+        if maker.are_of_this_place:
+            lives = process_start(int(maker.pid)) == maker.start
+        else:
+            lives = time.time() - link.lstat().st_mtime < STALE_AFTER
+        return maker if lives else None
+    except (TypeError, ValueError, FileNotFoundError):  # no words of ours; or just released
+        return None
+
+
+def _make(link: Path, words: str) -> bool:
+    """Make a link in one step; False where it is there."""
+    try:
+        os.symlink(words, link)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:  # it names the words, not the link
+        raise OSError(error.errno, error.strerror, str(link)) from error
+
+
+def _remove(link: Path, words: str) -> bool:
+    """Remove a link if it says `words`; False where another process is about to. A guard whose maker died is a link
+    like any other, and is removed in the same way."""
+    guard = link.with_name(f".{link.name}.stale-{hashlib.sha256(words.encode()).hexdigest()[:16]}")
+    mine = _new_words()
+    try:
+        if os.readlink(link) != words:
+            return True
+        if _make(guard, mine):
+            if os.readlink(link) == words:
+                link.unlink()
+            return True
+        other = os.readlink(guard)
     except FileNotFoundError:
-        return False  # just released
+        return True
+    finally:
+        with suppress(FileNotFoundError):
+            if os.readlink(guard) == mine:
+                guard.unlink()
+    return _living(other, guard) is None and _remove(guard, other) and _remove(link, words)
+
+
+def _is_touched(file: Path, held: str) -> bool:
+    """Whether a holder elsewhere shows a sign of life while its link is watched. FileNotFoundError: it was released."""
+    first, end = file.lstat().st_mtime_ns, time.monotonic() + _WATCHED
+    while time.monotonic() < end and os.readlink(file) == held:
+        if file.lstat().st_mtime_ns != first:
+            return True
+        time.sleep(_LOOK)
+    return False
+
+
+def _take(file: Path, words: str, what: str, watch: bool) -> None:
+    """Make the link `file` as soon as no living process has it. Arguments and errors are those of `lock`."""
+    patience = time.monotonic() + _PATIENCE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while not _make(file, words):
+        try:
+            held = os.readlink(file)
+            holder = _living(held, file)
+            if holder and watch and not holder.are_of_this_place:
+                print(f"{what}: {holder} was at it: waiting {_WATCHED:.0f} s for a sign of its life", file=sys.stderr)
+                holder = holder if _is_touched(file, held) else None
+                watch = holder is None
+        except FileNotFoundError:
+            continue  # just released
+        if holder is None and _remove(file, held):
+            continue
+        if time.monotonic() > patience:
+            raise Held(f"{what}: {holder or 'another process'} is at it: wait until it is done, or stop it")
+        time.sleep(_LOOK)
 
 
 @contextmanager
-def lock(file: Path, what: str, watch: bool = False) -> Iterator[Callable[[], None]]:
+def _touching(file: Path, words: str) -> Iterator[None]:
+    """Touch the link while the block runs, so that other nodes see that this process lives."""
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(_BEAT):
+            with suppress(OSError):
+                if os.readlink(file) == words:
+                    os.utime(file, follow_symlinks=False)
+
+    thread = threading.Thread(target=touch, name=f"lock {file}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def lock(file: Path, what: str, watch: bool = False) -> Iterator[None]:
     """Hold the lock `file`.
 
     Args:
         file: the link that is the lock; its folder is made.
         what: what is done under it, for the message to whoever comes second.
-
-    Yields:
-        What to call every few seconds to minutes, so that other nodes see that this process lives.
+        watch: where the holder is on another host and has touched its link within `STALE_AFTER`, watch for three
+            minutes whether it does so again, and take the lock if not: it may have been killed a moment ago.
 
     Raises:
         Held: another process holds it.
     """
-    words = "|".join((*_where(), str(os.getpid()), str(process_start(os.getpid()))))
-    began = time.monotonic()
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.symlink(words, file)
-            break
-        except FileNotFoundError:
-            continue  # another process has just removed the folder
-        except FileExistsError:
-            pass
-        except OSError as error:  # it names the words, not the link
-            raise OSError(error.errno, error.strerror, str(file)) from error
-        try:
-            held = os.readlink(file)
-        except OSError:
-            continue  # released between the two
-        if not _holder_lives(held, file):
-            aside = file.with_name(f".{file.name}.stale-{os.getpid()}")
-            with suppress(FileNotFoundError):  # another process was first
-                os.rename(file, aside)
-                aside.unlink()
-        elif time.monotonic() - began > _PATIENCE:
-            host, _, pid, _ = held.split("|")
-            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.lstat().st_ctime))
-            raise Held(f"{what}: process {pid} on {host} is at it (seen {since}): wait until it is done, or stop it")
-        else:
-            time.sleep(0.1)
-    last = time.monotonic()
-
-    def beat() -> None:
-        nonlocal last
-        if time.monotonic() - last > _BETWEEN_BEATS:
-            last = time.monotonic()
-            with suppress(OSError):
-                os.utime(file, follow_symlinks=False)
-
+    words = _new_words()
     try:
-        yield beat
+        _take(file, words, what, watch)
+        with _touching(file, words):
+            yield
     finally:
         with suppress(OSError):
-            if os.readlink(file) == words:
-                file.unlink()
+            _remove(file, words)
+
+
+def living_holder(file: Path) -> str | None:
+    """The process that holds the lock `file`, for people: "process 12 on host a (since 2026-01-02 03:04)"; None where
+    nobody does, or nobody who lives."""
+    try:
+        holder = _living(os.readlink(file), file)
+    except OSError:
+        return None
+    return None if holder is None else str(holder)

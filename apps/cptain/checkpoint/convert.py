@@ -9,16 +9,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cptain import __version__
 from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
-from cptain.checkpoint.parts import SharedFolder, remove_parts
 from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
@@ -26,7 +25,6 @@ from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.torch_dist import RELEASE, TorchDistWriter, write_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder, read_architecture
-from cptain.model.arguments import saved_arguments
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
@@ -65,12 +63,34 @@ def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None
 def _megatron_args(architecture: Architecture) -> argparse.Namespace:
     """The args that Megatron compares with its own when it loads, and restores under --use-checkpoint-args."""
     return argparse.Namespace(
-        **saved_arguments(architecture),
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        max_position_embeddings=architecture.max_position_embeddings,
+        position_embedding_type="rope",
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
+        rotary_base=int(architecture.rotary_base),
+        rotary_percent=1.0,
         rotary_interleaved=False,
+        use_rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
+        swiglu=True,
         squared_relu=False,
+        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
+        normalization="RMSNorm",
+        norm_epsilon=architecture.norm_epsilon,
+        apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         vocab_size=architecture.vocab_size,
         padded_vocab_size=architecture.vocab_size,
         ckpt_format="torch_dist",
@@ -98,7 +118,7 @@ def fill_from_hf(reader: SafetensorsReader, names: list[str], runs: list[Run], f
     return fill
 
 
-def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
+def plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
     """Every chunk of the checkpoint: a layer's part of a Megatron tensor, or 256 MB of a larger one."""
     writer = TorchDistWriter(reader.bytes)
     runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
@@ -122,14 +142,26 @@ def _plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWri
     return writer
 
 
-def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int, int] = (1, 1)) -> bool:
+def complete(folder: Path, writer: TorchDistWriter, source: dict[str, Any], architecture: Architecture) -> None:
+    """Make a folder that holds the files of a plan a checkpoint, and record what it was made of."""
+    record = {"cptain": __version__, "source": source}
+    (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    common = {
+        "args": _megatron_args(architecture),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+    }
+    writer.finish(folder, common)
+
+
+def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
     """Convert the run's Hugging Face model, unless that is done.
 
     Args:
         run: the run.
         workers: threads.
-        force: convert again, in one part.
-        part: (I, N) writes the I-th of N parts of the checkpoint; the last to end completes it.
+        force: convert again.
 
     Returns:
         Whether anything was written.
@@ -145,50 +177,13 @@ def convert(run: RunFile, workers: int = 1, force: bool = False, part: tuple[int
         source = source_of(folder, reader)
         remove_stale_partials(root)
         if not force and is_converted(root, source):
-            remove_parts(release, finished=True)
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
             return False
         began = time.monotonic()
-        writer = _plan(reader, architecture)
-
-        def finish(folder: Path) -> None:
-            record = {"cptain": __version__, "source": source}
-            (folder / SOURCE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-            common = {
-                "args": _megatron_args(architecture),
-                "checkpoint_version": 3.0,
-                "iteration": 0,
-                "num_floating_point_operations_so_far": 0,
-            }
-            writer.finish(folder, common)
-
-        if part == (1, 1):
-            with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
-                write_files(partial, writer.files, workers, progress.advance)
-                finish(partial)
-        else:
-            shared = SharedFolder(release, json.dumps(source), writer.files, part)
-            shared.write(lambda: is_converted(root, source), lambda beat: _write_part(shared, part, workers, beat))
-            missing = shared.missing()
-            left = (
-                f"; {len(missing)} other parts are not done yet: {', '.join(map(str, missing[:20]))}" if missing else ""
-            )
-            print(f"convert: part {part[0]} of {part[1]} is done{left}", file=sys.stderr)
-            if missing or not shared.finish(lambda: finish(shared.folder)):
-                if is_converted(root, source):  # by another process, whose parts this one may have made again to look
-                    remove_parts(release, finished=True)
-                return True
+        writer = plan(reader, architecture)
+        with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
+            write_files(partial, writer.files, workers, progress.advance)
+            complete(partial, writer, source, architecture)
         write_tracker(root, None)
-        remove_parts(release)
         print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
     return True
-
-
-def _write_part(shared: SharedFolder, part: tuple[int, int], workers: int, beat: Callable[[], None]) -> None:
-    with Progress(f"convert {part[0]}/{part[1]}", sum(file.bytes for file in shared.files), "B") as progress:
-
-        def advance(count: int, name: str) -> None:
-            progress.advance(count, name)
-            beat()
-
-        write_files(shared.folder, shared.files, workers, advance)

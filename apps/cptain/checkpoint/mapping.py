@@ -5,9 +5,8 @@ tensor [layers, …]. The local and the Transformer Engine layer specs write the
 sides rotate halves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -17,49 +16,19 @@ Shape = tuple[int, ...]
 _PIECE_BYTES = 256 << 20
 
 
-class Layout(Protocol):
-    """How the Hugging Face tensors of a rule lie in the rows of the Megatron tensor."""
-
-    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
-        """The Megatron tensor of one layer, as (first row, rows) pieces."""
-        ...
-
-    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
-        """The Hugging Face tensors in the Megatron tensor of one layer; the inverse of `pieces`."""
-        ...
+# How the Hugging Face tensors of a rule make the Megatron tensor of one layer.
+Layout = Callable[[list[torch.Tensor], Architecture], torch.Tensor]
 
 
-class _Stacked:
+def stacked(parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
     """One tensor after another: the gate's rows, then the up projection's; or a single tensor as it is."""
-
-    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
-        rows = [0]
-        for part in parts:
-            rows.append(rows[-1] + part.shape[0])
-        return list(zip(rows, parts, strict=False))
-
-    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
-        return list(tensor.split([shape[0] for shape in shapes]))
+    return torch.cat(parts)
 
 
-class _QueryGroups:
+def by_query_group(parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
     """q, k and v interleaved by query group: its query heads, then its key head, then its value head."""
-
-    def pieces(self, parts: list[torch.Tensor], architecture: Architecture) -> list[tuple[int, torch.Tensor]]:
-        groups = architecture.num_query_groups
-        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-        return [(0, torch.cat(grouped, dim=1).flatten(0, 1))]
-
-    def parts(self, tensor: torch.Tensor, shapes: list[Shape], architecture: Architecture) -> list[torch.Tensor]:
-        groups = architecture.num_query_groups
-        grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
-        return [
-            part.reshape(shape)
-            for part, shape in zip(grouped.split([shape[0] // groups for shape in shapes], dim=1), shapes, strict=True)
-        ]
-
-
-STACKED, QUERY_GROUPS = _Stacked(), _QueryGroups()
+    groups = architecture.num_query_groups
+    return torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +43,7 @@ class Rule:
 
     key: str
     hf: tuple[tuple[str, tuple[str, ...]], ...]
-    layout: Layout = STACKED
+    layout: Layout = stacked
 
     @property
     def layered(self) -> bool:
@@ -130,7 +99,7 @@ _LAYER = (
             (f"{_HF}.self_attn.k_proj.weight", ("keys", "hidden")),
             (f"{_HF}.self_attn.v_proj.weight", ("keys", "hidden")),
         ),
-        QUERY_GROUPS,
+        by_query_group,
     ),
     Rule(f"{_ATTENTION}.linear_proj.weight", ((f"{_HF}.self_attn.o_proj.weight", ("hidden", "queries")),)),
     Rule(f"{_MLP}.linear_fc1.layer_norm_weight", ((f"{_HF}.post_attention_layernorm.weight", ("hidden",)),)),
@@ -148,7 +117,7 @@ _QKV_BIAS = (
             (f"{_HF}.self_attn.k_proj.bias", ("keys",)),
             (f"{_HF}.self_attn.v_proj.bias", ("keys",)),
         ),
-        QUERY_GROUPS,
+        by_query_group,
     ),
 )
 _QK_LAYERNORM = (

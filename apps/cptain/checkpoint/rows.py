@@ -34,7 +34,7 @@ def row_runs(rule: Rule, architecture: Architecture) -> list[Run]:
     heights = [shape[0] for shape in rule.hf_shapes(architecture)]
     starts = [0, *accumulate(heights)]
     numbered = [torch.arange(start, start + height) for start, height in zip(starts, heights, strict=False)]
-    order = torch.cat([piece for _, piece in rule.layout.pieces(numbered, architecture)])
+    order = rule.layout(numbered, architecture)
     if not torch.equal(order.sort().values, torch.arange(starts[-1])):
         raise ValueError(f"{rule.key}: its layout does not move rows alone")
     follows = order[1:] == order[:-1] + 1

@@ -15,6 +15,7 @@ tensor must fill it exactly, and lie within their files.
 
 import io
 import json
+import pickle
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,16 +24,6 @@ from typing import Any
 import torch
 
 from cptain.atomic import write_text
-from cptain.checkpoint.dcp_metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageInfo,
-    TensorProperties,
-    TensorStorageMetadata,
-    dumps,
-)
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.streaming import FilePlan, Fill, Rows
@@ -84,82 +75,6 @@ def write_tracker(root: Path, iteration: int | None) -> None:
     write_text(root / TRACKER, RELEASE if iteration is None else str(iteration))
 
 
-class TorchDistWriter:
-    """Plans the .distcp files of a checkpoint, chunk by chunk; `finish` makes the folder that holds them a checkpoint.
-
-    Args:
-        total: bytes of all chunks, for files of a handy size.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.files: list[FilePlan] = []
-        self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
-        self._tensors: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, StorageInfo] = {}
-
-    def add_chunk(
-        self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
-    ) -> None:
-        """Plan a chunk, which lies at `offset` in the tensor `key` of `shape`.
-
-        Args:
-            key: Megatron's.
-            shape: of the whole tensor.
-            offset: of the chunk.
-            chunk: its shape.
-            dtype: of the whole tensor.
-            rows: what the chunk is read by: of one layer's, those of dimension 1; else those of dimension 0.
-            fill: where they come from, counted from the chunk's first.
-
-        Raises:
-            ValueError: chunks of one tensor that differ in dtype.
-        """
-        entry = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-        )
-        if entry.properties.dtype != dtype:
-            raise ValueError(f"{key}: {dtype} after {entry.properties.dtype}")
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk)))
-        archive = TensorArchive(dtype, chunk)
-        file, begin = self._append(MetadataIndex(key, torch.Size(offset)), archive.length)
-
-        def frame(checksum: int) -> list[tuple[int, bytes]]:
-            return [(begin + at, content) for at, content in archive.frame(checksum)]
-
-        row_bytes = prod(chunk) * dtype.itemsize // rows
-        file.rows.append(Rows(key, begin + archive.begin, 0, rows, row_bytes, fill, frame))
-
-    def add_object(self, key: str, shard: int, shards: int, value: Any) -> None:
-        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of."""
-        name = f"{key}/shard_{shard}_{shards}"
-        self._tensors[name] = BytesStorageMetadata()
-        content = io.BytesIO()
-        torch.save([value], content)
-        file, begin = self._append(MetadataIndex(name), len(content.getvalue()))
-        file.pieces.append((begin, content.getvalue()))
-
-    def _append(self, index: MetadataIndex, length: int) -> tuple[FilePlan, int]:
-        if not self.files or self.files[-1].bytes >= self._file_bytes:
-            self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
-        file = self.files[-1]
-        begin, file.bytes = file.bytes, file.bytes + length
-        self._places[index] = StorageInfo(file.name, begin, length)
-        return file, begin
-
-    def finish(self, folder: Path, common: dict[str, Any]) -> None:
-        """Write the metadata, `common` (plain values and an argparse.Namespace of them) and, last, metadata.json."""
-        torch.save(common, folder / _COMMON_FILE)
-        metadata = Metadata(state_dict_metadata=self._tensors, planner_data=None, storage_data=self._places)
-        (folder / _METADATA).write_bytes(dumps(metadata))
-        backend = {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        }
-        (folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where an archive lies: a file of the folder, and the bytes of it."""
@@ -183,6 +98,94 @@ class _Tensor:
     shape: Shape
     dtype: torch.dtype
     chunks: list[_Chunk]
+
+
+def _pickled(tensors: dict[str, _Tensor], objects: dict[str, _Place]) -> bytes:
+    """The content of .metadata, in torch's own classes. Whoever only reads need not wait half a second for them."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    entries: dict[str, Any] = {name: dcp.BytesStorageMetadata() for name in objects}
+    places = {dcp.MetadataIndex(name): place for name, place in objects.items()}
+    for key, tensor in tensors.items():
+        boxes = [dcp.ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) for one in tensor.chunks]
+        properties = dcp.TensorProperties(dtype=tensor.dtype)
+        entries[key] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), boxes)
+        places |= {dcp.MetadataIndex(key, torch.Size(one.offset)): one.place for one in tensor.chunks}
+    storage = {index: _StorageInfo(place.file, place.offset, place.length) for index, place in places.items()}
+    return pickle.dumps(dcp.Metadata(entries, storage_data=storage))
+
+
+class TorchDistWriter:
+    """Plans the .distcp files of a checkpoint, chunk by chunk; `finish` makes the folder that holds them a checkpoint.
+
+    Args:
+        total: bytes of all chunks, for files of a handy size.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.files: list[FilePlan] = []
+        self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
+        self._tensors: dict[str, _Tensor] = {}
+        self._objects: dict[str, _Place] = {}
+
+    def add_chunk(
+        self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
+    ) -> None:
+        """Plan a chunk, which lies at `offset` in the tensor `key` of `shape`.
+
+        Args:
+            key: Megatron's.
+            shape: of the whole tensor.
+            offset: of the chunk.
+            chunk: its shape.
+            dtype: of the whole tensor.
+            rows: what the chunk is read by: of one layer's, those of dimension 1; else those of dimension 0.
+            fill: where they come from, counted from the chunk's first.
+
+        Raises:
+            ValueError: chunks of one tensor that differ in dtype.
+        """
+        tensor = self._tensors.setdefault(key, _Tensor(shape, dtype, []))
+        if tensor.dtype != dtype:
+            raise ValueError(f"{key}: {dtype} after {tensor.dtype}")
+        archive = TensorArchive(dtype, chunk)
+        file, place = self._append(archive.length)
+        tensor.chunks.append(_Chunk(offset, chunk, place))
+
+        def frame(checksum: int) -> list[tuple[int, bytes]]:
+            return [(place.offset + at, content) for at, content in archive.frame(checksum)]
+
+        row_bytes = prod(chunk) * dtype.itemsize // rows
+        file.rows.append(Rows(key, place.offset + archive.begin, 0, rows, row_bytes, fill, frame))
+
+    def add_object(self, key: str, shard: int, shards: int, value: Any) -> None:
+        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of."""
+        content = io.BytesIO()
+        torch.save([value], content)
+        file, place = self._append(len(content.getvalue()))
+        file.pieces.append((place.offset, content.getvalue()))
+        self._objects[f"{key}/shard_{shard}_{shards}"] = place
+
+    def _append(self, length: int) -> tuple[FilePlan, _Place]:
+        if not self.files or self.files[-1].bytes >= self._file_bytes:
+            self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
+        file = self.files[-1]
+        place = _Place(file.name, file.bytes, length)
+        file.bytes += length
+        return file, place
+
+    def finish(self, folder: Path, common: dict[str, Any]) -> None:
+        """Write the metadata, `common` (plain values and an argparse.Namespace of them) and, last, metadata.json."""
+        torch.save(common, folder / _COMMON_FILE)
+        (folder / _METADATA).write_bytes(_pickled(self._tensors, self._objects))
+        backend = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (folder / _CONFIG).write_text(json.dumps(backend), encoding="utf-8")
 
 
 def _printable(name: Any) -> str:

@@ -59,28 +59,31 @@ def is_a(value: Any, name: str) -> bool:
 _PACKAGES = ("megatron.", "nvidia_resiliency_ext.", "transformer_engine.", "torch.distributed.checkpoint.")
 
 
-class _Member:
+class _Getattr:
     """Stands in for getattr(class, name), as Python 3.11 before 3.11.4 pickles a member of an enum.
 
     What getattr really gives could lead to anything, so here it leads nowhere: it takes public names of Megatron's
-    classes, and what it gives cannot be called, asked for more or given a state.
+    classes, and gives the name, which cannot be called, asked for more or given a state.
     """
 
     __slots__ = ()
 
-    def __new__(cls, owner: Any, name: Any) -> "_Member":
+    def __call__(self, owner: Any, name: Any) -> str:
         is_class = isinstance(owner, type) and f"{owner.__module__}.".startswith(_PACKAGES)
         if not is_class or not isinstance(name, str) or not name[:1].isalpha():
             raise pickle.UnpicklingError(f"it asks for {ascii(name)[1:-1][:80]} of {ascii(owner)[:80]}")
-        return super().__new__(cls)
+        return name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError("it changes getattr")
 
 
-# What runs nothing.
+# What runs nothing. These outlive the pickle, which may give a state to whatever it is handed: none can be changed.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
-    ("builtins", "getattr"): _Member,
+    ("builtins", "getattr"): _Getattr(),
 }
 # Protocol 2, which torch.save uses, has Python 2's names.
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -112,6 +115,8 @@ _NAMES = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Hands out what nobody can change (builtin types, numbers, dtypes, `_Getattr`) or what is made for this call."""
+
     def find_class(self, module: str, name: str) -> Any:
         module = _PYTHON_2.get(module, module)
         if (module, name) in _PLAIN:
@@ -119,7 +124,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
             return torch.__dict__[name]
         if module == "signal" and name in signal.Signals.__members__:
-            return signal.Signals[name]  # how Python before 3.11.4 pickles them
+            return int(signal.Signals[name])  # how Python before 3.11.4 pickles them
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
         is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
         if (module, name) in _NAMES or is_storage or (module.startswith(_PACKAGES) and is_class):

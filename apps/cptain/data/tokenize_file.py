@@ -126,7 +126,7 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
             another process has it in hand.
     """
     pair, prefix = task.pair, task.record.prefix
-    with lock(lock_file(task.data_folder, prefix), f"preprocess: {task.record.input}") as beat:
+    with lock(lock_file(task.data_folder, prefix), f"preprocess: {task.record.input}"):
         done = None if task.force else task.done()
         if done:  # by a process that held the lock until now
             read(done.bytes, 0)
@@ -155,7 +155,6 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
                     line = {"line": bad.line, "reason": bad.reason, "raw": raw}
                     assert skipped is not None
                     skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
-                beat()
 
             record = _through(task, tokenizer, cores, take, read)
             writer.write_index(idx_partial)
