@@ -1,4 +1,4 @@
-"""train --cpu and verify --logits where torch was built for CUDA and Transformer Engine is installed, as in every image.
+"""train --cpu and verify --logits where torch was built for CUDA and Transformer Engine is installed, as in an image.
 
 A CUDA build of torch with Transformer Engine is 6 GB and minutes to install, too dear for every new machine. Both ends
 were seen with the real ones (torch 2.11 and 2.14 with CUDA 13, Transformer Engine 2.12, no driver), and what failed

@@ -89,8 +89,9 @@ def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
     return records
 
 
-def _start(run: RunFile, architecture: Architecture) -> int | None:
-    """The iteration that training resumes from, or None where it begins with the converted checkpoint.
+def _start(run: RunFile, architecture: Architecture) -> tuple[int | None, bool]:
+    """The iteration that training resumes from, or None where it begins with the converted checkpoint; and whether it
+    was saved with the run's tensor and pipeline parallel sizes.
 
     Raises:
         CptainError: the one that is needed is missing, incomplete, or not of this model.
@@ -104,9 +105,10 @@ def _start(run: RunFile, architecture: Architecture) -> int | None:
     with TorchDistReader(iteration_folder(root, iteration)) as reader:
         check_checkpoint(reader, architecture)
         reader.check_objects()
+        same_layout = reader.has_object(f"rng_state/shard_0.0_{run.parallel.pipeline}.{run.parallel.tensor}")
     if not resume:
         check_converted_from(root, architecture, model_folder(run.model.hf))
-    return iteration if resume else None
+    return (iteration if resume else None), same_layout
 
 
 def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, dry_run: bool = False) -> Command:
@@ -144,7 +146,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     check_parallel(run, architecture, processes * count)
     tokenizer_folder = model_folder(run.tokenizer)
     records = _check_data(run, tokenizer_folder)
-    start = _start(run, architecture)
+    start, same_layout = _start(run, architecture)
     steps = train_steps(run, records)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
@@ -154,8 +156,10 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
         architecture,
         tokenizer_folder=tokenizer_folder,
         data_args=write_blend(run, records),
+        script=script,
         steps=steps,
         resume=start is not None,
+        same_layout=same_layout,
         gpu_bytes=gpu_bytes,
     )
     if cpu:
