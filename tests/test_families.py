@@ -14,9 +14,9 @@ from cptain.checkpoint.logits import Logits, _in_process, _megatron
 from cptain.errors import CptainError
 from cptain.megatron.log import read_steps, train_logs
 from cptain.model.architecture import Architecture, read_architecture
+from cptain.model.sizes import parameters
 from cptain.run_file import load_run
 from cptain.training.flags import check_parallel
-from cptain.training.memory import parameters
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -148,7 +148,7 @@ def export_as_trained(file: Path) -> Path:
 
 def forward_passes(releases: list[tuple[str, Architecture]]) -> Logits:
     """In a process of its own: megatron.core's logits of PROMPT from every release."""
-    return [_megatron(folder, architecture, [PROMPT])[0] for folder, architecture in releases]
+    return [_megatron(folder, architecture, "cpu", [PROMPT])[0] for folder, architecture in releases]
 
 
 @pytest.fixture(scope="module")

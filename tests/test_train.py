@@ -21,11 +21,11 @@ from cptain.data.steps import train_steps
 from cptain.errors import CptainError
 from cptain.megatron.log import parse_step, parse_validation, read_steps, train_logs
 from cptain.model.architecture import read_architecture
+from cptain.model.sizes import parameters
 from cptain.run_file import load_run
 from cptain.training import stopping
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.flags import check_parallel
-from cptain.training.memory import parameters
 
 
 def losses(run_file: Path) -> list[float]:

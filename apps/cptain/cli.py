@@ -292,7 +292,9 @@ def export(
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--logits", is_flag=True, help="Compare forward passes on fixed prompts too, in fp32 on the CPU.")
+@click.option(
+    "--logits", is_flag=True, help="Compare forward passes on fixed prompts too, in fp32, on a GPU that has room."
+)
 @click.option("--sample", is_flag=True, help="Compare 1 MB of each tensor: a quick look.")
 @_workers_option
 def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) -> None:

@@ -1,10 +1,11 @@
-"""Real forward passes of both sides on the same tokens, in fp32 on the CPU: transformers' model and megatron.core's
-GPTModel.
+"""Real forward passes of both sides on the same tokens, in fp32: transformers' model and megatron.core's GPTModel.
 
-Each side runs in a process of its own: the CPU's answers for CUDA, which Megatron needs, must not reach transformers,
-and memory goes back when a side is done.
+Each side runs in a process of its own: the CPU's answers for CUDA, which Megatron needs where there is no GPU, must not
+reach transformers, and memory goes back when a side is done. On a GPU both compute as on the CPU, in whole fp32 with
+torch's own operations: TF32 keeps 10 bits of a factor, which would hide what the comparison is for.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import Architecture
 from cptain.model.arguments import core_arguments
+from cptain.model.sizes import parameters
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then it does so again: 0123456789.",
@@ -26,6 +28,7 @@ PROMPTS = (
     "E = mc², π ≈ 3.14159, «naïve café» – ½ ÷ ∞ 🙂",
 )
 _LONGEST = 128  # tokens of a prompt
+_ROOM = 1.25  # of a GPU's memory to the weights: activations of one prompt, the CUDA context
 
 Logits = list[npt.NDArray[np.float32]]
 
@@ -40,42 +43,55 @@ def prompt_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
     return [random.integers(0, vocab_size, 64).tolist() for _ in PROMPTS]
 
 
-def _transformers(folder: str, prompts: list[list[int]]) -> Logits:
+def _device(architecture: Architecture) -> str:
+    """Where a side computes: on the GPU if there is one with room for the weights in fp32, else on the CPU."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > _ROOM * 4 * parameters(architecture):
+        return "cuda"
+    return "cpu"
+
+
+def _transformers(folder: str, device: str, prompts: list[list[int]]) -> Logits:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     with torch.no_grad():
-        return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+        return [model(torch.tensor([ids], device=device)).logits[0].cpu().numpy() for ids in prompts]
 
 
-def _megatron(folder: str, architecture: Architecture, prompts: list[list[int]]) -> Logits:
-    from cptain.megatron.importing import before_import, import_megatron
+def _megatron(folder: str, architecture: Architecture, device: str, prompts: list[list[int]]) -> Logits:
+    from cptain.megatron.importing import before_import, import_megatron, leave_out_gpu_kernels
 
-    before_import(cpu=True)
+    leave_out_gpu_kernels()
+    before_import(cpu=device == "cpu")
     import torch
 
-    import_megatron(cpu=True)
-    from cptain.megatron.cpu import CudaToCpu
+    import_megatron(cpu=device == "cpu")
+    with contextlib.ExitStack() as answers, torch.no_grad():
+        if device == "cpu":
+            from cptain.megatron.cpu import CudaToCpu
 
-    with CudaToCpu(), torch.no_grad():
-        model = _gpt_model(architecture)
+            answers.enter_context(CudaToCpu())
+        model = _gpt_model(architecture, device)
         from megatron.core import dist_checkpointing, parallel_state
 
         state: dict[str, Any] = {"model": model.sharded_state_dict(metadata={})}
         model.load_state_dict(dist_checkpointing.load(state, folder)["model"])
         results = []
         for ids in prompts:
-            tokens = torch.tensor([ids])
-            positions = torch.arange(len(ids))[None]
-            mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).triu(1)
-            results.append(model(tokens, positions, mask)[0, :, : architecture.vocab_size].float().numpy())
+            tokens = torch.tensor([ids], device=device)
+            positions = torch.arange(len(ids), device=device)[None]
+            mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool, device=device).triu(1)
+            logits = model(tokens, positions, mask)[0, :, : architecture.vocab_size]
+            results.append(logits.float().cpu().numpy())
         parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return results
 
 
-def _gpt_model(architecture: Architecture) -> Any:
+def _gpt_model(architecture: Architecture, device: str) -> Any:
     """megatron.core's model of one process, in fp32, without weights."""
     import torch
     from megatron.core import parallel_state
@@ -84,11 +100,11 @@ def _gpt_model(architecture: Architecture) -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
     config, gpt = core_arguments(architecture)
-    return GPTModel(
+    model = GPTModel(
         config=TransformerConfig(
             **config,
             activation_func=torch.nn.functional.silu,
@@ -97,7 +113,7 @@ def _gpt_model(architecture: Architecture) -> Any:
             masked_softmax_fusion=False,
             persist_layer_norm=False,
             gradient_accumulation_fusion=False,
-            use_cpu_initialization=True,
+            use_cpu_initialization=device == "cpu",
             perform_initialization=False,
         ),
         transformer_layer_spec=get_gpt_layer_local_spec(
@@ -105,11 +121,13 @@ def _gpt_model(architecture: Architecture) -> Any:
         ),
         parallel_output=False,
         **gpt,
-    ).eval()
+    )
+    return model.eval().to(device)
 
 
 def _run(connection: Any, function: Callable[..., Logits], arguments: tuple[Any, ...]) -> None:
     """In the process of one side: send its logits, or why there are none. What libraries print is dropped."""
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # NGC's images turn TF32 on, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -141,13 +159,13 @@ def _in_process(side: str, function: Callable[..., Logits], *arguments: Any) -> 
     return result
 
 
-def hf_logits(folder: Path, prompts: list[list[int]]) -> Logits:
+def hf_logits(folder: Path, architecture: Architecture, prompts: list[list[int]]) -> Logits:
     """Logits [tokens, vocabulary] of each prompt by transformers' model in `folder`.
 
     Raises:
         CptainError: the model cannot be loaded or run.
     """
-    return _in_process(str(folder), _transformers, str(folder), prompts)
+    return _in_process(str(folder), _transformers, str(folder), _device(architecture), prompts)
 
 
 def megatron_logits(folder: Path, architecture: Architecture, prompts: list[list[int]]) -> Logits:
@@ -157,4 +175,4 @@ def megatron_logits(folder: Path, architecture: Architecture, prompts: list[list
     Raises:
         CptainError: Megatron is not installed, or cannot load or run the checkpoint.
     """
-    return _in_process(str(folder), _megatron, str(folder), architecture, prompts)
+    return _in_process(str(folder), _megatron, str(folder), architecture, _device(architecture), prompts)

@@ -8,9 +8,8 @@ A folder of torch.distributed.checkpoint (DCP) with Megatron's conventions:
 - `common.pt` (until 0.18) or the object `common_state/shard_0_1` holds everything that is no tensor: args, iteration;
 - `metadata.json` names the backend. It is written last: a folder without it is not a checkpoint.
 
-Megatron's own writer holds every tensor before it writes; this one knows every chunk's place ahead, and streams.
-Nothing that is read runs anything (see `torch_save`), and nothing is believed before it is checked: the chunks of a
-tensor must fill it exactly, and lie within their files.
+Megatron's own writer holds every tensor before it writes; this one knows every chunk's place ahead, and streams. What
+is read runs nothing (see `torch_save`), and is checked before it is believed: a tensor's chunks must fill it exactly.
 """
 
 import io

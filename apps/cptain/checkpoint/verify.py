@@ -210,10 +210,7 @@ def _compare_logits(folders: list[Path], architecture: Architecture) -> dict[str
     from cptain.checkpoint.logits import hf_logits, megatron_logits, prompt_tokens
 
     prompts = prompt_tokens(next(folder for folder in folders if _is_hf(folder)), architecture.vocab_size)
-    a, b = (
-        hf_logits(folder, prompts) if _is_hf(folder) else megatron_logits(folder, architecture, prompts)
-        for folder in folders
-    )
+    a, b = ((hf_logits if _is_hf(folder) else megatron_logits)(folder, architecture, prompts) for folder in folders)
     difference = max(float(abs(one - other).max()) for one, other in zip(a, b, strict=True))
     largest = max(float(abs(one).max()) for one in a)
     same = sum(int((one.argmax(1) == other.argmax(1)).sum()) for one, other in zip(a, b, strict=True))

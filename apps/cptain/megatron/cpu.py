@@ -4,6 +4,9 @@ Megatron asks CUDA for devices, streams, events and random states on nearly ever
 answered by the CPU: `install` replaces the functions of torch.cuda, and `CudaToCpu`, a TorchFunctionMode, rewrites
 device arguments. The arithmetic is real; nothing here is for speed. Call `install` before the first import of Megatron,
 in a process that does nothing else.
+
+It must hold under a CUDA build of torch and beside Transformer Engine as well, with a GPU or without: those answer the
+questions that are not replaced from their C++, which ends in an error about a missing driver or a tensor of the CPU.
 """
 
 import collections
@@ -17,6 +20,8 @@ from typing import Any
 import torch
 import torch._dynamo  # builds tables from torch.cuda when it is imported: it must come before the replacements
 from torch.overrides import TorchFunctionMode
+
+from cptain.megatron.importing import leave_out_gpu_kernels
 
 _TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 
@@ -79,8 +84,12 @@ def _memory() -> int:
 
 
 def install() -> None:
-    """Replace what Megatron calls of torch.cuda."""
+    """Replace what Megatron calls of torch.cuda, and keep from it what has kernels for GPUs alone."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    leave_out_gpu_kernels()
+    # From 2.12 on, torch's optimizers ask the accelerator that torch was built for whether it records a graph, once
+    # torch.cuda says that it is there: without a driver that is an error.
+    torch.accelerator.current_accelerator = lambda check_available=False: None
     properties = types.SimpleNamespace(
         major=0, minor=0, multi_processor_count=1, total_memory=_memory(), name="CPU", uuid="cpu"
     )

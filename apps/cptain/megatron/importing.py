@@ -1,7 +1,19 @@
 """What a process does around its first import of Megatron. Megatron's spawned children need the first half as well."""
 
 import importlib.util
+import sys
 import typing
+
+# What Megatron prefers to torch's own operations wherever it can be imported, even in layers that ask for torch's: the
+# last norm of a model of local layers is Transformer Engine's, which takes no tensor of the CPU and multiplies fp32
+# matrices in TF32.
+_GPU_KERNELS = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda", "flash_attn", "flash_attn_3")
+
+
+def leave_out_gpu_kernels() -> None:
+    """Let Megatron find no library of kernels for GPUs, so that it computes with torch's own operations alone."""
+    for name in _GPU_KERNELS:
+        sys.modules[name] = None  # type: ignore[assignment]  # the import fails, and find_spec finds nothing
 
 
 def before_import(cpu: bool) -> None:

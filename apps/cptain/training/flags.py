@@ -4,12 +4,13 @@ Only flags that the lab's fork (core 0.13.1), upstream releases and PyPI's megat
 model is in `cptain.model.arguments`.
 """
 
-import importlib.util
 from pathlib import Path
 
 from cptain.data.manifest import Record
 from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
+from cptain.megatron import weight_gradient
+from cptain.megatron.version import core_version
 from cptain.model import arguments
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
@@ -97,7 +98,7 @@ def _cpu_flags() -> Flags:
     ]
 
 
-def _gpu_flags(run: RunFile) -> Flags:
+def _gpu_flags(run: RunFile, script: Path) -> Flags:
     flags: Flags = [
         ("--transformer-impl", "transformer_engine"),
         ("--distributed-backend", "nccl"),
@@ -105,15 +106,18 @@ def _gpu_flags(run: RunFile) -> Flags:
         ("--overlap-grad-reduce",),
         ("--overlap-param-gather",),
         ("--attention-backend", "auto"),
-        ("--cross-entropy-loss-fusion",),
         ("--manual-gc",),
         ("--num-workers", "2"),
     ]
     if run.parallel.tensor > 1:
         flags += [("--sequence-parallel",)]
-    if (
-        importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
-    ):  # an extension of Apex, which NGC's images have
+    if run.train.precision != "fp32":  # it computes in bf16
+        flags += [("--cross-entropy-loss-fusion",)]
+    if core_version(script) >= (0, 17):
+        # The optimizer's state in a form that any layout loads. Before 0.17 that is the default, and the only one; the
+        # default since then can change its data-parallel size alone.
+        flags += [("--dist-ckpt-optim-fully-reshardable",)]
+    if not weight_gradient.is_fused(own_script=run.train.script is None):
         flags += [("--no-gradient-accumulation-fusion",)]
     return flags
 
@@ -136,8 +140,10 @@ def megatron_flags(
     *,
     tokenizer_folder: Path,
     data_args: Path,
+    script: Path,
     steps: int,
     resume: bool,
+    same_layout: bool,
     gpu_bytes: int | None,
 ) -> Flags:
     """Everything that Megatron needs to know, as flags with their values.
@@ -147,8 +153,10 @@ def megatron_flags(
         architecture: the model's.
         tokenizer_folder: the tokenizer's local folder.
         data_args: the blend (`cptain.data.blend.write_blend`).
+        script: the training script.
         steps: optimizer steps in all.
         resume: whether <run>/checkpoints is continued, or the converted checkpoint begun with.
+        same_layout: whether what is continued was saved with the run's tensor and pipeline parallel sizes.
         gpu_bytes: memory of a GPU; None on the CPU.
 
     Raises:
@@ -193,12 +201,14 @@ def megatron_flags(
         # The run file wins over the schedule that the checkpoint carries: Megatron would refuse a changed number of
         # steps.
         flags += [("--load", str(run.checkpoints_folder)), ("--override-opt_param-scheduler",)]
+        if not same_layout:  # random states belong to a rank, and nothing here drops out; the fork would not start
+            flags += [("--no-load-rng",)]
     else:
         flags += [("--load", str(run.megatron_folder)), ("--no-load-optim",), ("--no-load-rng",)]
     flags += _PRECISION[train.precision]
     if gpu_bytes is None:
         flags += _cpu_flags()
     else:
-        flags += _gpu_flags(run)
+        flags += _gpu_flags(run, script)
         flags += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
     return flags

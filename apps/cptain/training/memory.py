@@ -8,23 +8,11 @@ bf16 weights and fp32 gradients on every data-parallel rank, fp32 master weights
 from typing import Literal
 
 from cptain.model.architecture import Architecture
+from cptain.model.sizes import parameters
 from cptain.run_file import RunFile
 
 Recompute = Literal["none", "selective", "full"]
 _USABLE = 0.85  # of a GPU's memory: PyTorch was seen to reserve 12 to 15 % more than it allocates
-
-
-def parameters(architecture: Architecture) -> int:
-    """Parameters of the whole model, its vocabulary unpadded."""
-    queries = architecture.num_attention_heads * architecture.kv_channels
-    keys = architecture.num_query_groups * architecture.kv_channels
-    layer = architecture.hidden_size * (2 * queries + 2 * keys + 3 * architecture.ffn_hidden_size + 2)
-    if architecture.qkv_bias:
-        layer += queries + 2 * keys
-    if architecture.qk_layernorm:
-        layer += 2 * architecture.kv_channels
-    embeddings = architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied_embeddings else 2)
-    return architecture.num_layers * layer + embeddings + architecture.hidden_size
 
 
 def step_bytes(run: RunFile, architecture: Architecture, recompute: Recompute, data_parallel: int = 1) -> float:

@@ -180,8 +180,10 @@ def prepare(
         architecture,
         tokenizer_folder=tokenizer_folder,
         data_args=write_blend(run, records),
+        script=script,
         steps=steps,
         resume=begins.iteration is not None,
+        same_layout=begins.same_layout,
         gpu_bytes=gpu_bytes,
     )
     if cpu:

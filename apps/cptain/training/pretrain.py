@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from cptain.megatron import weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.training.documents import Documents, File, same_blend
 
@@ -237,6 +238,8 @@ def _set_clock() -> None:
 
 def _train() -> None:
     """Train until Megatron stops."""
+    if not CPU:
+        weight_gradient.install()
     import_megatron(CPU)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

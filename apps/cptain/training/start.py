@@ -7,7 +7,9 @@ folders are looked at, and the tracker is a hint.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from cptain.checkpoint.common_state import saved_arguments
 from cptain.checkpoint.release import check_converted_from
 from cptain.checkpoint.tensors import check_checkpoint
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
@@ -24,11 +26,13 @@ class Beginning:
         iteration: steps done before; None: the converted checkpoint is begun with.
         lines: what was passed over, and why.
         repair_tracker: the tracker names another iteration, or there is none.
+        same_layout: it was saved with the run's tensor and pipeline parallel sizes.
     """
 
     iteration: int | None
     lines: list[str]
     repair_tracker: bool = False
+    same_layout: bool = True
 
 
 def beginning(run: RunFile, architecture: Architecture) -> Beginning:
@@ -51,17 +55,22 @@ def beginning(run: RunFile, architecture: Architecture) -> Beginning:
         with reader:
             check_checkpoint(reader, architecture)
             reader.check_objects()
+            same_layout = _sizes(saved_arguments(reader.common)) == (run.parallel.tensor, run.parallel.pipeline)
         if iteration == named:
-            return Beginning(iteration, [])
+            return Beginning(iteration, [], same_layout=same_layout)
         why = passed if named is not None else [str(unreadable or f"{root / TRACKER}: missing"), *passed]
         lines = [*why, f"continuing from {reader.folder}, the last whole checkpoint"]
-        return Beginning(iteration, lines, repair_tracker=True)
+        return Beginning(iteration, lines, repair_tracker=True, same_layout=same_layout)
     if named is not None:
         raise CptainError(passed[0])
     if unreadable and not passed:
         raise unreadable
     _check_converted(run, architecture)
     return Beginning(None, [*passed, "beginning again: nothing was saved before it"] if passed else [])
+
+
+def _sizes(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    return arguments.get("tensor_model_parallel_size"), arguments.get("pipeline_model_parallel_size")
 
 
 def _named(root: Path) -> tuple[int | None, CptainError | None]:
