@@ -53,7 +53,7 @@ def test_ctrl_c_lets_the_training_save_and_ends_the_demo_in_a_line_and_the_next_
             assert demo.poll() is None, demo.communicate()[0]
             time.sleep(0.02)
         os.killpg(demo.pid, signal.SIGINT)
-        output, _ = demo.communicate(timeout=120)
+        output, _ = demo.communicate(timeout=600)
     assert demo.returncode == 1
     assert "Traceback" not in output
     assert "train: SIGINT: saving after this step" in output
@@ -62,6 +62,6 @@ def test_ctrl_c_lets_the_training_save_and_ends_the_demo_in_a_line_and_the_next_
     assert 0 < saved < 40
 
     with demo_of(tmp_path) as demo:
-        output, _ = demo.communicate(timeout=300)
+        output, _ = demo.communicate(timeout=600)
     assert demo.returncode == 0, output
     assert re.search(r"\(40 steps, one stop\)$", output, flags=re.MULTILINE), output
