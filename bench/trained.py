@@ -87,8 +87,6 @@ def main() -> None:
             "eval_interval": arguments.steps,
         },
     }
-    if not arguments.cpu:
-        content["train"]["megatron_args"] = ["--no-gradient-accumulation-fusion"]  # which would need Apex
     trees: dict[str, str | None] = {"installed": None}
     trees |= dict(tree.split("=", 1) for tree in arguments.megatron)
     print("| Megatron-LM | steps | loss, first → last | tensors bit-equal | logits differ by at most | same argmax |")

@@ -1,0 +1,95 @@
+"""What train.py and layouts.py train: a Llama 3.1 of random weights, and text that every Python carries.
+
+The weights are written by hand, a file a layer: transformers would hold a whole 8B in fp32 and take minutes.
+"""
+
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "runs"))
+from demo import make_model, make_text
+
+# Keys of config.json. "tiny" is for a dry run on the CPU.
+SHAPES = {
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def write_model(folder: Path, texts: list[str], shape: str, layers: int) -> None:
+    """Llama 3.1 in bf16, N(0, 0.02), and a tokenizer of 4,000 entries made of the texts; equal calls, equal models."""
+    make_model(folder, texts, hidden_size=64, intermediate_size=64, num_hidden_layers=1)  # its tokenizer is kept
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {**SHAPES[shape], "num_hidden_layers": layers, "dtype": "bfloat16"}
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    config["head_dim"] = hidden // config["num_attention_heads"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random = torch.Generator(device).manual_seed(0)
+    weight_map = {}
+
+    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {}
+        for name, size in shapes.items():
+            if len(size) == 1:
+                tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+            else:
+                values = torch.randn(size, generator=random, device=device, dtype=torch.float32)
+                tensors[f"{name}.weight"] = (0.02 * values).to("cpu", torch.bfloat16)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    save("model-embedding.safetensors", {"model.embed_tokens": (config["vocab_size"], hidden)})
+    save("model-output.safetensors", {"model.norm": (hidden,), "lm_head": (config["vocab_size"], hidden)})
+    for number in range(layers):
+        sizes = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+        layer = {f"model.layers.{number}.{name}": size for name, size in sizes.items()}
+        save(f"model-layer-{number:03}.safetensors", layer)
+    total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_text(folder: Path, megabytes: int) -> list[str]:
+    """The demo's text, which is returned, and beside it Python's standard library, up to so many MB of it."""
+    texts = make_text(folder)
+    left = megabytes * 1_000_000
+    library = Path(sysconfig.get_path("stdlib"))
+    with open(folder / "library.jsonl", "w", encoding="utf-8") as lines:
+        for file in sorted(library.rglob("*.py")):
+            if left <= 0:
+                break
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            left -= len(text)
+            lines.write(json.dumps({"text": text}) + "\n")
+    return texts
