@@ -4,15 +4,23 @@ The weights are written by hand, a file a layer: transformers would hold a whole
 """
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import tomli_w
 import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "runs"))
 from demo import make_model, make_text
+
+CPTAIN = [sys.executable, "-m", "cptain"]
+INSTALLED = "installed"  # the Megatron that is
 
 # Keys of config.json. "tiny" is for a dry run on the CPU.
 SHAPES = {
@@ -22,6 +30,13 @@ SHAPES = {
         "intermediate_size": 14336,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "small": {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     "tiny": {
         "vocab_size": 4096,
@@ -93,3 +108,28 @@ def write_text(folder: Path, megabytes: int) -> list[str]:
             left -= len(text)
             lines.write(json.dumps({"text": text}) + "\n")
     return texts
+
+
+def environment(tree: str | None, gpus: str) -> dict[str, str]:
+    """For cptain, with a tree of Megatron-LM before the installed one, and some of the GPUs."""
+    paths = [tree, str(Path(__file__).resolve().parent.parent / "apps"), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": gpus}
+
+
+def make_run(folder: Path, shape: str, layers: int, megabytes: int, train: dict[str, Any]) -> Path:
+    """Begin an empty folder with model, text, run file, tokenized data and converted checkpoint; gives the run file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write_model(folder / "model", write_text(folder / "text", megabytes), shape, layers)
+    data = {"input": [str(folder / "text" / "**" / "*.jsonl*")], "output": str(folder / "data"), "split": "970,30,0"}
+    content = {
+        "name": "bench",
+        "work_dir": str(folder),
+        "model": {"hf": str(folder / "model"), "megatron": str(folder / "megatron")},
+        "data": data,
+        "train": train,
+    }
+    file = folder / "run.toml"
+    file.write_text(tomli_w.dumps(content))
+    for stage in ("preprocess", "convert"):
+        subprocess.run([*CPTAIN, stage, str(file)], check=True, env=environment(None, ""))
+    return file

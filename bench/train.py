@@ -9,36 +9,33 @@ command that `cptain train --dry-run` prints, less --save. The model is a Llama 
 that a few layers fit a GPU; losses show that the rows compute the same. --cpu tries it all out on a tiny shape.
 
 A row's time is the median of its last ten steps. TFLOP/s is what Megatron logs: 6 FLOPs a parameter and token, without
-recomputation, and attention counted as causal.
+recomputation, and attention counted as causal. Memory is the largest that Megatron logs. Where it can log it after the
+first step only (the fork), the peak is short of Adam's moments, which the first step's end allocates.
 """
 
 import argparse
 import json
-import os
 import platform
 import queue
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from cptain.megatron.log import read_steps
 from cptain.run_file import load_run
-from inputs import write_model, write_text
+from inputs import CPTAIN, INSTALLED, environment, make_run
 
-CPTAIN = [sys.executable, "-m", "cptain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 GLOBAL_BATCH = 8
-INSTALLED = "installed"
 VARIANTS: dict[str, list[str]] = {  # --set of cptain train
     "cptain": [],
     "unfused": ['train.megatron_args=["--no-gradient-accumulation-fusion"]'],
@@ -96,40 +93,24 @@ class Bench:
 
     def environment(self, tree: str, gpu: str = "") -> dict[str, str]:
         """With a tree of Megatron-LM before the installed one, and one GPU."""
-        paths = [self.trees.get(tree), str(Path(__file__).parent.parent / "apps"), os.environ.get("PYTHONPATH")]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": gpu}
+        return environment(self.trees.get(tree), gpu)
 
     def make_inputs(self) -> None:
         """Model, text, tokenized data and converted checkpoint."""
         options = self.options
-        shutil.rmtree(self.folder, ignore_errors=True)
-        texts = write_text(self.folder / "text", options.megabytes)
-        write_model(self.folder / "model", texts, "tiny" if options.cpu else "8b", options.layers)
-        content = {
-            "name": "bench",
-            "work_dir": str(self.folder),
-            "model": {"hf": str(self.folder / "model"), "megatron": str(self.folder / "megatron")},
-            "data": {
-                "input": [str(self.folder / "text" / "**" / "*.jsonl*")],
-                "output": str(self.folder / "data"),
-                "split": "970,30,0",
-            },
-            "train": {
-                "seq_length": options.seq,
-                "global_batch_size": GLOBAL_BATCH,
-                "steps": options.steps,
-                "lr": options.lr,
-                "min_lr": options.lr / 10,
-                "warmup_steps": max(1, options.steps // 10),
-                "precision": "bf16",
-                "recompute": "none",
-                "save_interval": options.steps,
-                "eval_interval": options.steps,
-            },
+        train = {
+            "seq_length": options.seq,
+            "global_batch_size": GLOBAL_BATCH,
+            "steps": options.steps,
+            "lr": options.lr,
+            "min_lr": options.lr / 10,
+            "warmup_steps": max(1, options.steps // 10),
+            "precision": "bf16",
+            "recompute": "none",
+            "save_interval": options.steps,
+            "eval_interval": options.steps,
         }
-        self.file.write_text(tomli_w.dumps(content))
-        for stage in ("preprocess", "convert"):
-            subprocess.run([*CPTAIN, stage, str(self.file)], check=True, env=self.environment(INSTALLED))
+        make_run(self.folder, "tiny" if options.cpu else "8b", options.layers, options.megabytes, train)
 
     def lab(self, tree: str, fused: bool) -> list[str]:
         """The command of the lab's scripts, with this run's sizes, data and folders."""
@@ -182,7 +163,13 @@ class Bench:
         for flag in ("--save", "--save-interval"):
             place = words.index(flag)
             del words[place : place + 2]
-        return words
+        return words + self.memory_flags(row.partition("@")[2])
+
+    def memory_flags(self, tree: str) -> list[str]:
+        """--log-memory-interval, which 0.19 has and the fork has not."""
+        arguments = Path(self.trees.get(tree, "")) / "megatron" / "training" / "arguments.py"
+        known = tree == INSTALLED or "log_memory_interval" in arguments.read_text()
+        return [] if self.options.cpu or not known else ["--log-memory-interval", "4"]
 
     def measure(self, row: str, gpu: str) -> dict[str, Any]:
         """Train one row; gives what it measured, or why it did not."""
@@ -196,10 +183,11 @@ class Bench:
                 command = self.cptain(row, variant, environment)
             with open(log, "w") as output:
                 print(shlex.join(command), file=output, flush=True)
-                subprocess.run(
-                    command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=self.options.timeout
-                )
-        except (RuntimeError, KeyError, subprocess.TimeoutExpired) as error:
+                with suppress(subprocess.TimeoutExpired):
+                    subprocess.run(
+                        command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=self.options.timeout
+                    )
+        except (RuntimeError, KeyError, OSError) as error:
             return {"row": row, "error": f"{type(error).__name__}: {error}"[:300]}
         return {"row": row, "gpu": gpu, "wall_s": round(time.monotonic() - began, 1), **self.read(log)}
 
@@ -208,7 +196,8 @@ class Bench:
         steps, text = read_steps([log]), log.read_text(errors="replace")
         if len(steps) < self.options.steps:
             errors = re.findall(r"^.*(?:Error|Exception|error)\b.*: .*$", text, re.MULTILINE)
-            return {"error": errors[0].strip()[:300] if errors else "it printed no error", "steps": len(steps)}
+            error = errors[0].strip()[:300] if errors else f"ended without an error after {len(steps)} steps"
+            return {"error": error, "losses": [step.loss for step in steps]}
         tail = steps[max(1, len(steps) - 10) :]
         seconds = statistics.median(step.seconds for step in tail)
         teraflops = [float(value) for value in re.findall(r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+)", text)]
@@ -288,6 +277,14 @@ def main() -> None:
     for row in rows:
         waiting.put(row)
     results: dict[str, dict[str, Any]] = {}
+    found = {**machine(options.cpu), "layers": options.layers, "seq": options.seq, "steps": options.steps}
+
+    def keep() -> str:
+        ordered = [results[row] for row in rows if row in results]
+        (bench.folder / "results.json").write_text(json.dumps({**found, "rows": ordered}, indent=1))
+        text = ", ".join(f"{name} {value}" for name, value in found.items()) + "\n\n" + table(ordered) + "\n"
+        (bench.folder / "table.md").write_text(text)
+        return text
 
     def work(gpu: str) -> None:
         while True:
@@ -296,6 +293,7 @@ def main() -> None:
             except queue.Empty:
                 return
             results[row] = bench.measure(row, gpu)
+            keep()
             shown = {key: value for key, value in results[row].items() if key != "losses"}
             print(json.dumps(shown), file=sys.stderr, flush=True)
 
@@ -305,12 +303,7 @@ def main() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    ordered = [results[row] for row in rows]
-    found = {**machine(options.cpu), "layers": options.layers, "seq": options.seq, "steps": options.steps}
-    (bench.folder / "results.json").write_text(json.dumps({**found, "rows": ordered}, indent=1))
-    text = ", ".join(f"{name} {value}" for name, value in found.items()) + "\n\n" + table(ordered) + "\n"
-    (bench.folder / "table.md").write_text(text)
-    print(text)
+    print(keep())
 
 
 if __name__ == "__main__":
