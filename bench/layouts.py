@@ -123,7 +123,7 @@ class Bench:
         """What is done to a run: looked at every 5 ms, and empty until it is done."""
         dice = random.Random(f"{self.options.seed} {chain.name}")
         run = self.folder / chain.name
-        step, saving = dice.randint(1, self.options.steps - 2), self.stretch * dice.randint(2, 3)
+        step, saving = dice.randint(1, self.options.steps - 2), self.stretch * dice.randint(2, len(self.layouts) - 1)
 
         def kill_rank(process: int, when: str) -> str:
             if not (there := ranks(process)):
