@@ -14,8 +14,8 @@ from glob import escape
 from pathlib import Path
 
 from cptain.atomic import PARTIAL, atomic_file, remove_stale_partials
-from cptain.data import reader
 from cptain.data.encode import Encoded, Encoding, encoded
+from cptain.data.in_use import refuse_if_in_use
 from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from cptain.data.manifest import Record, lock_file, read_record, remove_record, write_record
 from cptain.data.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encod
             if len(hashed) > _UNHASHED:
                 hashed.pop(0).result()
 
-        blocks = reader.blocks(file, task.encoding.key, task.encoding.max_document_bytes, seen)
+        blocks = task.encoding.blocks(seen)
         for bytes_read, block in encoded(blocks, task.encoding, tokenizer, cores):
             take(block)
             lines += block.lines
@@ -131,6 +131,10 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
         if done:  # by a process that held the lock until now
             read(done.bytes, 0)
             return done
+        other = read_record(task.data_folder, prefix)
+        if other and other.input != task.record.input:  # by a run with other globs, at the same time
+            raise CptainError(f"{task.record.input}: {other.input} has become {prefix} meanwhile: run it again")
+        refuse_if_in_use(task.data_folder, [prefix])
         pair.parent.mkdir(parents=True, exist_ok=True)
         for left in task.half_written():
             left.unlink(missing_ok=True)

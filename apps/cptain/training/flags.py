@@ -8,8 +8,6 @@ checkpoint.
 import importlib.util
 from pathlib import Path
 
-from cptain.data.manifest import Record
-from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
@@ -66,21 +64,6 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
             f"{architecture.max_position_embeddings} (max_position_embeddings, or the sliding_window of a Mistral)",
             2,
         )
-
-
-def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path) -> None:
-    """Refuse data that another tokenizer made.
-
-    Raises:
-        CptainError: the manifest's tokenizer is not the run's.
-    """
-    wanted = tokenizer_hash(tokenizer_folder)
-    for record in records:
-        if record.tokenizer != wanted:
-            raise CptainError(
-                f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
-                "run preprocess again"
-            )
 
 
 def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Flags:

@@ -135,6 +135,7 @@ def train(run: RunFile, command: Command) -> None:
     where = ""
     if command.nodes:
         where = f"node {command.nodes.rank + 1} of {len(command.nodes.hosts)}, rendezvous {command.nodes.endpoint}; "
+    print(*command.data, sep="\n", file=sys.stderr)
     print(f"train: from {source} to step {command.steps}; {where}log: {log_file}", file=sys.stderr)
     signalled = ""
     with (

@@ -13,12 +13,13 @@ from cptain.checkpoint.release import check_converted_from
 from cptain.checkpoint.tensors import check_checkpoint
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
 from cptain.data.blend import write_blend
-from cptain.data.manifest import Record, read_manifest
+from cptain.data.check import check_data
+from cptain.data.epochs import check_epochs, described, exposures
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError, bad_usage
 from cptain.model.architecture import Architecture, model_folder, read_architecture
 from cptain.run_file import RunFile
-from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
+from cptain.training.flags import check_parallel, megatron_flags
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
@@ -34,6 +35,7 @@ class Command:
         flags: Megatron's, with their values.
         steps: optimizer steps in all.
         start: steps done before.
+        data: what is trained on, and for how many epochs: lines for people.
         nodes: the job's, where there are several.
         interface: the network interface towards the other nodes.
     """
@@ -43,6 +45,7 @@ class Command:
     flags: list[tuple[str, ...]]
     steps: int
     start: int
+    data: tuple[str, ...]
     nodes: Nodes | None = None
     interface: str = ""
 
@@ -78,15 +81,6 @@ def _gpus() -> tuple[int, int]:
         return count, min(int(line) for line in answer.split()) << 20
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise CptainError(f"nvidia-smi does not say how much memory the GPUs have: {error}") from error
-
-
-def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
-    records = read_manifest(run.data_folder, run.data.input)
-    check_tokenizer(run, records, tokenizer_folder)
-    for record in records:
-        if wrong := record.missing_output(run.data_folder):
-            raise CptainError(f"{wrong}: run preprocess again")
-    return records
 
 
 def _start(run: RunFile, architecture: Architecture) -> int | None:
@@ -143,9 +137,11 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
             check_slots(nodes, int(cores), processes)
     check_parallel(run, architecture, processes * count)
     tokenizer_folder = model_folder(run.tokenizer)
-    records = _check_data(run, tokenizer_folder)
+    records = check_data(run)
     start = _start(run, architecture)
     steps = train_steps(run, records)
+    parts = exposures(run, records, steps)
+    check_epochs(run, parts, steps)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
         bad_usage(f"train.script = {script}: no such file")
@@ -167,7 +163,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     address, interface = own_address(nodes) if nodes else ("", "")
     rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
-    return Command(torchrun, script, flags, steps, start or 0, nodes, interface)
+    return Command(torchrun, script, flags, steps, start or 0, described(run, parts, steps), nodes, interface)
 
 
 def deadline() -> float | None:
