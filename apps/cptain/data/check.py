@@ -1,10 +1,7 @@
 """What train and export ask before they begin: is the data what the run file says, whole, and of the model?"""
 
-from dataclasses import replace
-
 from cptain.data.indexed_dataset import ids_over
 from cptain.data.manifest import Record, read_manifest
-from cptain.data.recipe import options
 from cptain.data.tokenizer import has_tokenizer, tokenizer_facts, tokenizer_hash
 from cptain.errors import CptainError
 from cptain.model.architecture import model_folder
@@ -24,7 +21,7 @@ def check_data(run: RunFile) -> list[Record]:
     records = read_manifest(run.data_folder, run.data.input)
     made = records[0].recipe
     folder = model_folder(run.tokenizer)
-    if differences := made.differences(replace(made, **options(run), tokenizer=tokenizer_hash(folder))):
+    if differences := made.differences(run, tokenizer_hash(folder)):
         raise CptainError(f"{run.data_folder}: made with {'; with '.join(differences)}: run preprocess again")
     for record in records:
         if wrong := record.missing_output(run.data_folder):

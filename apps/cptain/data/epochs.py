@@ -76,7 +76,7 @@ def described(run: RunFile, found: list[Exposure], steps: int) -> tuple[str, ...
     epochs = _number(most) if len(found) == 1 else f"{_number(least)} to {_number(most)}"
     first = (
         f"train: {documents:,} documents, {_counted(tokens)} to train on; {steps:,} steps of "
-        f"{run.train.tokens_per_step:,} tokens are {human(seen)}: {epochs} epochs"
+        f"{run.train.tokens_per_step:,} tokens: {human(seen)} in all, {epochs} epochs"
     )
     if not isinstance(run.data.mix, list):
         return (first + (" a file" if len(found) > 1 else ""),)

@@ -169,7 +169,10 @@ def read_manifest(data_folder: Path, patterns: list[str]) -> list[Record]:
         if content["input"] != patterns:
             raise CptainError(f"{file}: made from data.input = {json.dumps(content['input'])}: run preprocess again")
         recipe = Recipe(**content["recipe"])
-        return [Record(**record, recipe=recipe) for record in content["records"]]
+        records = [Record(**record, recipe=recipe) for record in content["records"]]
+        if not records:
+            raise ValueError("it has no records")
+        return records
     except FileNotFoundError:
         raise CptainError(f"{file}: missing: the data is not ready; run preprocess first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,14 +5,12 @@ two runs may share a folder, train whether the data is what the run file says. A
 written is a field here under its own name, and needs no other place.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cptain.data.tokenizer import Facts
 from cptain.run_file import Data, RunFile
 from cptain.toml_file import shown
-
-_TOKENIZER = {"key": "model.tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,28 @@ class Recipe:
     strip: bool
     on_error: str
     max_document_bytes: int
-    tokenizer: str = field(metadata=_TOKENIZER)
-    tokenizer_size: int = field(metadata=_TOKENIZER)
-    split_special_tokens: bool = field(metadata=_TOKENIZER)
+    tokenizer: str
+    tokenizer_size: int
+    split_special_tokens: bool
 
-    def differences(self, run_file: "Recipe") -> list[str]:
-        """What the run file has otherwise, in words: a key, its value here and its value there."""
-        ours, theirs = asdict(self), asdict(run_file)
-        found = {
-            one.metadata.get("key", f"data.{one.name}"): f"{shown(ours[one.name])}, and the run file has "
-            f"{shown(theirs[one.name])}"
-            for one in reversed(fields(self))  # of a tokenizer's three, the hash is the one that is said
-            if ours[one.name] != theirs[one.name]
-        }
-        return [f"{key} = {words}" for key, words in reversed(found.items())]
+    def differences(self, run: RunFile, tokenizer: str) -> list[str]:
+        """What a run file has otherwise, in words: each key, its value here and its value there.
+
+        Args:
+            run: the run file.
+            tokenizer: hash of its tokenizer, from which the other facts of a tokenizer follow.
+        """
+        found = [
+            f"data.{key} = {shown(getattr(self, key))}, and the run file has {shown(value)}"
+            for key, value in options(run).items()
+            if getattr(self, key) != value
+        ]
+        if self.tokenizer != tokenizer:
+            found.append(
+                f"another model.tokenizer, and the run file has {run.tokenizer} "
+                f"(sha256 {self.tokenizer[:12]} there, {tokenizer[:12]} here)"
+            )
+        return found
 
 
 def options(run: RunFile) -> dict[str, Any]:
