@@ -35,7 +35,7 @@ def larger(make_run: RunFileMaker, ready_run: Path, model: Path, tmp_path: Path)
     """A run file whose data was made for a model large enough, and which now names the small one."""
     folder = extended(model, tmp_path / "larger", 510)
     write_jsonl(tmp_path / "in.jsonl", [TEXT] * 5)
-    shared = {"model__megatron": str(load_run(ready_run).megatron_folder), "data__max_epochs": 1e9}
+    shared = {"model__megatron": str(load_run(ready_run).megatron_folder)}
     enough = make_run(data__input=["in.jsonl"], model__hf=str(folder), **shared)
     assert cptain("preprocess", enough, "--workers", 1).exit_code == 0
     return make_run(data__input=["in.jsonl"], model__tokenizer=str(folder), **shared)
