@@ -69,6 +69,15 @@ def test_a_file_keeps_its_name_under_another_key_too(file: Path) -> None:
     assert names(file) == {"a": "x_body_document", "b": "b/x_body_document"}
 
 
+def test_two_runs_at_once_with_other_globs_do_not_write_one_pair(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess(file, "a")
+    before = written(file)
+    monkeypatch.setattr("cptain.data.preprocess.read_records", lambda folder: [])  # as if it had looked before that
+    output = preprocess(file, "b", status=1)
+    assert f"cptain: {file.parent}/b/x.jsonl: {file.parent}/a/x.jsonl became x_text_document meanwhile" in output
+    assert written(file) == before
+
+
 def test_a_pair_that_a_training_reads_is_not_replaced_and_new_ones_are_added(file: Path) -> None:
     preprocess(file, "a")
     data = load_run(file).data_folder

@@ -151,11 +151,11 @@ def export(
         The Hugging Face model's folder.
 
     Raises:
-        CptainError: no such checkpoint, an incomplete one, or one that is not of the run's model.
+        CptainError: no such checkpoint, an incomplete one, one that is not of the run's model, or a larger tokenizer.
     """
-    base, carried = model_folder(run.model.hf), _carried(model_folder(run.model.hf), model_folder(run.tokenizer))
-    check_tokenizer(run)
+    base = model_folder(run.model.hf)
     architecture = read_architecture(base)
+    carried = _carried(base, check_tokenizer(run))
     source = iteration_folder(run.checkpoints_folder, iteration)
     if not source.is_dir():
         saved = ", ".join(sorted(path.name for path in run.checkpoints_folder.glob("iter_*"))) or "none"

@@ -66,11 +66,10 @@ def parts(mix: str | list[MixPart], records: list[Record]) -> list[Part]:
 
 def blend(mix: str | list[MixPart], records: list[Record]) -> list[tuple[float, Record]]:
     """The files that have tokens, in the order of `records`, each with its weight. Errors are those of `parts`."""
-    weights = {
-        record.prefix: part.weight * record.tokens / part.tokens
-        for part in parts(mix, records)
-        for record in part.records
-    }
+    weights: dict[str, float] = {}
+    for part in parts(mix, records):
+        tokens = part.tokens
+        weights |= {record.prefix: part.weight * record.tokens / tokens for record in part.records}
     return [(weights[record.prefix], record) for record in records if record.tokens]
 
 

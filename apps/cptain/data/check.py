@@ -1,5 +1,7 @@
 """What train and export ask before they begin: is the data what the run file says, whole, and of the model?"""
 
+from pathlib import Path
+
 from cptain.data.indexed_dataset import ids_over
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.tokenizer import has_tokenizer, tokenizer_facts, tokenizer_hash
@@ -30,15 +32,15 @@ def check_data(run: RunFile) -> list[Record]:
     return records
 
 
-def check_tokenizer(run: RunFile) -> None:
-    """Refuse a tokenizer that is larger than the model, where the data may be gone or of another tokenizer.
+def check_tokenizer(run: RunFile) -> Path:
+    """The folder of the run's tokenizer, which is no larger than the model; the data may be gone or of another.
 
     Raises:
         CptainError: see `check_vocabulary`; or model.tokenizer names a folder without one.
     """
     folder = model_folder(run.tokenizer)
     if not has_tokenizer(folder) and run.model.tokenizer is None:
-        return  # a model alone
+        return folder  # a model alone
     try:
         records = read_manifest(run.data_folder, run.data.input)
     except CptainError:
@@ -48,6 +50,7 @@ def check_tokenizer(run: RunFile) -> None:
     else:
         records, size = [], tokenizer_facts(run.tokenizer).size
     check_vocabulary(folder, size, run.model.hf, lambda limit: _tokens_over(run, records, limit))
+    return folder
 
 
 def _tokens_over(run: RunFile, records: list[Record], limit: int) -> Over | None:

@@ -68,8 +68,14 @@ def check_epochs(run: RunFile, found: list[Exposure], steps: int) -> None:
         )
 
 
-def described(run: RunFile, found: list[Exposure], steps: int) -> tuple[str, ...]:
-    """The first lines of a training: documents, tokens, steps, tokens a step, and the epochs of each part."""
+def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, ...]:
+    """The first lines of a training: documents, tokens, steps, tokens a step, and the epochs of each part.
+
+    Raises:
+        CptainError: see `check_epochs` and `cptain.data.blend.parts`.
+    """
+    found = exposures(run, records, steps)
+    check_epochs(run, found, steps)
     documents, tokens = sum(part.documents for part in found), sum(part.tokens for part in found)
     seen = steps * run.train.tokens_per_step
     least, most = (choose(part.epochs for part in found) for choose in (min, max))

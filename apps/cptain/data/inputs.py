@@ -32,7 +32,7 @@ def _every_folder_opens(pattern: str) -> None:
 
 def _is_a_file_with_a_name(file: Path) -> None:
     if not file.is_file():
-        raise CptainError(f"data.input: {file}: no regular file, or a link to nothing: mend it, or take it away")
+        raise CptainError(f"data.input: {file}: no regular file, or a link to nothing: repair it, or take it away")
     if not reader.stem(file):
         raise CptainError(f"data.input: {file}: has no name before its suffix: rename it")
     try:

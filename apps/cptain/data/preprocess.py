@@ -33,7 +33,7 @@ from cptain.data.manifest import (
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.recipe import Recipe, recipe
 from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
-from cptain.data.tokenizer import Facts, Tokenizer, tokenizer_facts
+from cptain.data.tokenizer import Tokenizer, TokenizerFacts, tokenizer_facts
 from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.model.architecture import model_folder
 from cptain.model.vocabulary import Over, check_vocabulary
@@ -77,7 +77,7 @@ def _first_tokens(tasks: list[Task], tokenizer: Tokenizer, limit: int) -> Over:
     return Over(over, tokens, "of the first documents")
 
 
-def _plan(run: RunFile, force: bool, cache: Path | None) -> tuple[list[Task], Facts, int]:
+def _plan(run: RunFile, force: bool, cache: Path | None) -> tuple[list[Task], TokenizerFacts, int]:
     """What is to be done, by which tokenizer, and how many pairs are there of files or keys that the run has not."""
     files = input_files(run.data.input)
     facts, known = tokenizer_facts(run.tokenizer, cache), read_records(run.data_folder)
@@ -227,7 +227,7 @@ def preprocess(
         count_only: count documents and tokens, and write nothing.
 
     Raises:
-        CptainError: see `input_files` and `tokenize_file`.
+        CptainError: see `input_files`, `check_vocabulary`, `refuse_if_in_use` and `tokenize_file`.
     """
     cache = None if count_only else run.data_folder / ".tokenizer"
     every, facts, left = _plan(run, force, cache)
@@ -240,16 +240,8 @@ def preprocess(
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
     if not count_only:
-        refuse_if_in_use(run.data_folder, [task.record.prefix for task in todo])
-        for record in changed:
-            remove_record(run.data_folder, record.prefix)
-        if begun := sum(1 for task in todo if task.half_written()):
-            print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
-        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
-            remove_stale_partials(folder)
+        _make_way(run.data_folder, todo, changed)
     if todo:
-        if not count_only:
-            (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
         tokenizer = Tokenizer(run.tokenizer, backend=backend, facts=facts)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
@@ -288,6 +280,23 @@ def _say_totals(records: list[Record], where: str) -> None:
     if len(folders) > _FOLDERS_SHOWN:
         print(f"preprocess:   and {len(folders) - _FOLDERS_SHOWN} folders more", file=sys.stderr)
     print(f"preprocess: {figures(records)}{where}", file=sys.stderr)
+
+
+def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> None:
+    """Take away what is no longer true once the work begins, or was left by work that was killed.
+
+    Raises:
+        CptainError: see `refuse_if_in_use`.
+    """
+    refuse_if_in_use(data_folder, [task.record.prefix for task in todo])
+    for record in changed:
+        remove_record(data_folder, record.prefix)
+    if begun := sum(1 for task in todo if task.half_written()):
+        print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
+    for folder in (data_folder, data_folder / ".tokenizer"):
+        remove_stale_partials(folder)
+    if todo:
+        (data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
 
 
 def _finish(run: RunFile, done: list[Record], left: int) -> None:

@@ -8,7 +8,7 @@ written is a field here under its own name, and needs no other place.
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cptain.data.tokenizer import Facts
+from cptain.data.tokenizer import TokenizerFacts
 from cptain.run_file import Data, RunFile
 from cptain.toml_file import shown
 
@@ -60,7 +60,7 @@ def options(run: RunFile) -> dict[str, Any]:
     return {one.name: getattr(run.data, one.name) for one in fields(Recipe) if one.name in Data.model_fields}
 
 
-def recipe(run: RunFile, tokenizer: Facts) -> Recipe:
+def recipe(run: RunFile, tokenizer: TokenizerFacts) -> Recipe:
     """The recipe of a run."""
     return Recipe(
         **options(run),

@@ -51,6 +51,17 @@ class Task:
             return record
         return None
 
+    def refuse_if_taken(self) -> None:
+        """Refuse to write a pair that a file of a run with other globs became meanwhile, or that a training reads.
+
+        Raises:
+            CptainError: which file, or who trains.
+        """
+        other = read_record(self.data_folder, self.record.prefix)
+        if other and other.input != self.record.input:
+            raise CptainError(f"{self.record.input}: {other.input} became {other.prefix} meanwhile: run it again")
+        refuse_if_in_use(self.data_folder, [self.record.prefix])
+
     def half_written(self) -> list[Path]:
         """What a process that was killed has left, or one at work is writing."""
         return list(self.pair.parent.glob(f".{escape(self.pair.name)}.*{PARTIAL}-*"))
@@ -131,10 +142,7 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
         if done:  # by a process that held the lock until now
             read(done.bytes, 0)
             return done
-        other = read_record(task.data_folder, prefix)
-        if other and other.input != task.record.input:  # by a run with other globs, at the same time
-            raise CptainError(f"{task.record.input}: {other.input} has become {prefix} meanwhile: run it again")
-        refuse_if_in_use(task.data_folder, [prefix])
+        task.refuse_if_taken()
         pair.parent.mkdir(parents=True, exist_ok=True)
         for left in task.half_written():
             left.unlink(missing_ok=True)

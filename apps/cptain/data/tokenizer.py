@@ -3,11 +3,11 @@
 Megatron encodes with `tokenizer(text).input_ids`, so a BOS appears where the tokenizer itself adds one, and appends the
 tokenizer's EOS as end of document; the dtype of the ids follows from `len(tokenizer)`, added tokens included.
 
-What transformers makes of a folder (`Facts`) is asked of transformers once, and kept in the data folder: importing it
-and loading a tokenizer takes longer than everything else here. Ids come from the first of fastokens and splintr-rs that
-takes the tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that library; `check`
-compares documents while running. Neither of the two knows `split_special_tokens`, which no serialized tokenizer holds:
-where it is set, Hugging Face's library encodes alone.
+What transformers makes of a folder (`TokenizerFacts`) is asked of transformers once, and kept in the data folder:
+importing it and loading a tokenizer takes longer than everything else here. Ids come from the first of fastokens and
+splintr-rs that takes the tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that
+library; `check` compares documents while running. Neither of the two knows `split_special_tokens`, which no serialized
+tokenizer holds: where it is set, Hugging Face's library encodes alone.
 """
 
 import hashlib
@@ -82,11 +82,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model's folder belongs to its tokenizer."""
-    return name in _FILES or any(fnmatchcase(name, pattern) for pattern in _BESIDE)
+    return name in _FILES or (not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in _BESIDE))
 
 
 @dataclass(frozen=True)
-class Facts:
+class TokenizerFacts:
     """What transformers makes of a tokenizer's folder.
 
     Attributes:
@@ -106,7 +106,7 @@ class Facts:
     tokenizer: str | None
 
 
-def tokenizer_facts(name: str, cache: Path | None = None) -> Facts:
+def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
     """What transformers makes of the tokenizer in a local folder or of a hub id.
 
     Args:
@@ -124,9 +124,9 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> Facts:
     if file is not None and file.is_file():
         with suppress(OSError, ValueError):  # asked again
             known: dict[str, Any] = orjson.loads(file.read_bytes())
-            if known.keys() == {one.name for one in fields(Facts)}:
-                return Facts(**known)
-    facts = Facts(digest, **_ask_transformers(folder))
+            if known.keys() == {one.name for one in fields(TokenizerFacts)}:
+                return TokenizerFacts(**known)
+    facts = TokenizerFacts(digest, **_ask_transformers(folder))
     if file is not None:
         atomic.write_json(file, asdict(facts))
     return facts
@@ -148,7 +148,9 @@ class Tokenizer:
         backend: what encodes, and why, for people.
     """
 
-    def __init__(self, name: str, cache: Path | None = None, backend: str = "auto", facts: Facts | None = None) -> None:
+    def __init__(
+        self, name: str, cache: Path | None = None, backend: str = "auto", facts: TokenizerFacts | None = None
+    ) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes and threads are the parallelism here
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         self.folder = model_folder(name)
@@ -238,7 +240,7 @@ def _ask_transformers(folder: Path) -> dict[str, Any]:
     """What transformers makes of a tokenizer's folder, asked in a process of its own, whose memory ends with it.
 
     Returns:
-        All of `Facts` but the hash.
+        All of `TokenizerFacts` but the hash.
 
     Raises:
         CptainError: transformers cannot load it, or it has no EOS.

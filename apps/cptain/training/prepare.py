@@ -14,7 +14,7 @@ from cptain.checkpoint.tensors import check_checkpoint
 from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
 from cptain.data.blend import write_blend
 from cptain.data.check import check_data
-from cptain.data.epochs import check_epochs, described, exposures
+from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError, bad_usage
 from cptain.model.architecture import Architecture, model_folder, read_architecture
@@ -140,8 +140,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     records = check_data(run)
     start = _start(run, architecture)
     steps = train_steps(run, records)
-    parts = exposures(run, records, steps)
-    check_epochs(run, parts, steps)
+    data = first_lines(run, records, steps)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
         bad_usage(f"train.script = {script}: no such file")
@@ -163,7 +162,7 @@ def prepare(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, 
     address, interface = own_address(nodes) if nodes else ("", "")
     rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
-    return Command(torchrun, script, flags, steps, start or 0, described(run, parts, steps), nodes, interface)
+    return Command(torchrun, script, flags, steps, start or 0, data, nodes, interface)
 
 
 def deadline() -> float | None:
