@@ -418,7 +418,7 @@ def test_data_of_another_tokenizer_is_refused(make_ready_run: RunFileMaker, mode
     config.write_text(config.read_text() + "\n")
     result = cptain("train", make_ready_run(model__tokenizer="./other"), "--cpu")
     assert result.exit_code == 1
-    assert "was made with another tokenizer than" in last_line(result)
+    assert ": made with another model.tokenizer, and the run file has " in last_line(result)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ model is in `cptain.model.arguments`.
 
 from pathlib import Path
 
-from cptain.data.manifest import Record
-from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
 from cptain.megatron import weight_gradient
 from cptain.megatron.version import core_version
@@ -67,21 +65,6 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
             f"{architecture.max_position_embeddings} (max_position_embeddings, or the sliding_window of a Mistral)",
             2,
         )
-
-
-def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path) -> None:
-    """Refuse data that another tokenizer made.
-
-    Raises:
-        CptainError: the manifest's tokenizer is not the run's.
-    """
-    wanted = tokenizer_hash(tokenizer_folder)
-    for record in records:
-        if record.tokenizer != wanted:
-            raise CptainError(
-                f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
-                "run preprocess again"
-            )
 
 
 def _cpu_flags() -> Flags:

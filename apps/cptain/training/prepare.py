@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cptain.data.blend import other_data, trained_on, write_blend
-from cptain.data.manifest import Record, read_manifest
+from cptain.data.blend import write_blend
+from cptain.data.check import check_data
+from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
+from cptain.data.trained_on import other_data, trained_on
 from cptain.errors import CptainError, bad_usage
 from cptain.history import read_history, stretches
 from cptain.model.architecture import model_folder, read_architecture
 from cptain.run_file import RunFile, changed_keys
 from cptain.training.changes import check_changes
-from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
+from cptain.training.flags import check_parallel, megatron_flags
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 from cptain.training.start import beginning
 
@@ -91,15 +93,6 @@ def _gpus() -> tuple[int, int]:
         raise CptainError(f"nvidia-smi does not say how much memory the GPUs have: {error}") from error
 
 
-def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
-    records = read_manifest(run.data_folder, run.data.input)
-    check_tokenizer(run, records, tokenizer_folder)
-    for record in records:
-        if wrong := record.missing_output(run.data_folder):
-            raise CptainError(f"{wrong}: run preprocess again")
-    return records
-
-
 def _since_then(
     run: RunFile, start: int, data: dict[str, Any], accepted: tuple[str, ...]
 ) -> tuple[list[str], list[str]]:
@@ -169,9 +162,10 @@ def prepare(
             check_slots(nodes, int(cores), processes)
     check_parallel(run, architecture, processes * count)
     tokenizer_folder = model_folder(run.tokenizer)
-    records = _check_data(run, tokenizer_folder)
+    records = check_data(run)
     begins = beginning(run, architecture)
     steps = train_steps(run, records)
+    data_lines = first_lines(run, records, steps)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
         bad_usage(f"train.script = {script}: no such file")
@@ -208,7 +202,7 @@ def prepare(
         processes * count,
         data,
         passed,
-        [*begins.lines, *lines],
+        [*data_lines, *begins.lines, *lines],
         begins.repair_tracker,
     )
 
