@@ -134,7 +134,7 @@ def in_a_process(function: str, file: Path, stage: str) -> Any:
     took most of the time.
     """
     script = f"""
-import gc, sys, torch
+import gc, sys, torch, torch.distributed.checkpoint.filesystem  # which convert imports late
 from pathlib import Path
 from test_interrupted import {function}
 torch.set_num_threads(1)
