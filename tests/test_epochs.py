@@ -73,16 +73,16 @@ def test_the_first_lines_of_a_training_tell_what_is_seen_and_how_often(
 ) -> None:
     records = read_manifest(load_run(make_ready_run()).data_folder, load_run(make_ready_run()).data.input)
     tokens = round(sum(record.tokens for record in records) * 0.9)
-    whole = prepare(load_run(make_ready_run()), cpu=True).data
-    assert whole == (
-        f"train: {sum(record.documents for record in records)} documents, {tokens:,} tokens to train on; 8 steps of "
+    whole = prepare(load_run(make_ready_run()), cpu=True).lines
+    assert whole == [
+        f"{sum(record.documents for record in records)} documents, {tokens:,} tokens to train on; 8 steps of "
         f"512 tokens: 4.1k in all, {4096 / tokens:.3g} epochs",
-    )
+    ]
     mix = [{"input": f"{text_folder}/*.jsonl", "weight": 1}, {"input": f"{text_folder}/sub/**/*", "weight": 3}]
     (tmp_path / "nothing.py").write_text("")
     result = cptain("train", make_ready_run(data__mix=mix, train__script="nothing.py"), "--cpu")
     first, one, other, begins = result.output.splitlines()[:4]
-    assert first.startswith(whole[0].partition(":")[0])
+    assert first.startswith("train: " + whole[0].partition(":")[0])
     a, *sub = (record.tokens * 0.9 for record in records)
     assert first.endswith(f": 4.1k in all, {1024 / a:.3g} to {3072 / sum(sub):.3g} epochs")
     assert one.startswith(f"train:   {text_folder}/*.jsonl: 40 documents, ")
