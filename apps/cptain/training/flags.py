@@ -13,6 +13,7 @@ from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
+from cptain.training.megatron_args import Row, check_megatron_args
 from cptain.training.memory import choose_recompute
 
 Flags = list[tuple[str, ...]]
@@ -121,51 +122,119 @@ def _architecture_flags(architecture: Architecture, tensor_parallel: int) -> Fla
     return flags
 
 
-def _cpu_flags() -> Flags:
+def _cpu_rows() -> list[Row]:
     return [
-        ("--transformer-impl", "local"),
-        ("--distributed-backend", "gloo"),
-        ("--use-cpu-initialization",),
-        ("--no-gradient-accumulation-fusion",),
-        ("--no-persist-layer-norm",),
-        ("--no-masked-softmax-fusion",),
-        ("--no-bias-swiglu-fusion",),
-        ("--no-rope-fusion",),
-        ("--num-workers", "0"),
+        ("", "--transformer-impl", "local"),
+        ("", "--distributed-backend", "gloo"),
+        ("", "--use-cpu-initialization"),
+        ("", "--no-gradient-accumulation-fusion"),
+        ("", "--no-persist-layer-norm"),
+        ("", "--no-masked-softmax-fusion"),
+        ("", "--no-bias-swiglu-fusion"),
+        ("", "--no-rope-fusion"),
+        ("", "--num-workers", "0"),
     ]
 
 
-def _gpu_flags(run: RunFile) -> Flags:
-    flags: Flags = [
-        ("--transformer-impl", "transformer_engine"),
-        ("--distributed-backend", "nccl"),
-        ("--use-distributed-optimizer",),
-        ("--overlap-grad-reduce",),
-        ("--overlap-param-gather",),
-        ("--attention-backend", "auto"),
-        ("--cross-entropy-loss-fusion",),
-        ("--manual-gc",),
-        ("--num-workers", "2"),
+def _gpu_rows(run: RunFile) -> list[Row]:
+    rows: list[Row] = [
+        ("", "--transformer-impl", "transformer_engine"),
+        ("", "--distributed-backend", "nccl"),
+        ("", "--use-distributed-optimizer"),
+        ("", "--overlap-grad-reduce"),
+        ("", "--overlap-param-gather"),
+        ("", "--attention-backend", "auto"),
+        ("", "--cross-entropy-loss-fusion"),
+        ("", "--manual-gc"),
+        ("", "--num-workers", "2"),
     ]
     if run.parallel.tensor > 1:
-        flags += [("--sequence-parallel",)]
+        rows += [("", "--sequence-parallel")]
     if (
         importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
     ):  # an extension of Apex, which NGC's images have
-        flags += [("--no-gradient-accumulation-fusion",)]
-    return flags
+        rows += [("", "--no-gradient-accumulation-fusion")]
+    return rows
 
 
-_PRECISION: dict[str, Flags] = {
+_PRECISION: dict[str, list[Row]] = {
     "fp32": [],
-    "bf16": [("--bf16",)],
-    "fp8": [("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", "tensorwise")],
+    "bf16": [("train.precision", "--bf16")],
+    "fp8": [
+        ("train.precision", "--bf16"),
+        ("train.precision", "--fp8-format", "hybrid"),
+        ("", "--fp8-recipe", "tensorwise"),
+    ],
 }
-_RECOMPUTE: dict[str, Flags] = {
+_RECOMPUTE: dict[str, list[Row]] = {
     "none": [],
-    "selective": [("--recompute-granularity", "selective")],
-    "full": [("--recompute-granularity", "full"), ("--recompute-method", "uniform"), ("--recompute-num-layers", "1")],
+    "selective": [("train.recompute", "--recompute-granularity", "selective")],
+    "full": [
+        ("train.recompute", "--recompute-granularity", "full"),
+        ("train.recompute", "--recompute-method", "uniform"),
+        ("train.recompute", "--recompute-num-layers", "1"),
+    ],
 }
+
+
+def _run_rows(run: RunFile, tokenizer_folder: Path, data_args: Path, steps: int) -> list[Row]:
+    """What the run file says, and the defaults that hold for every run."""
+    parallel, train = run.parallel, run.train
+    return [
+        ("parallel.tensor", "--tensor-model-parallel-size", str(parallel.tensor)),
+        ("parallel.pipeline", "--pipeline-model-parallel-size", str(parallel.pipeline)),
+        ("parallel.context", "--context-parallel-size", str(parallel.context)),
+        ("train.seq_length", "--seq-length", str(train.seq_length)),
+        ("train.micro_batch_size", "--micro-batch-size", str(train.micro_batch_size)),
+        ("train.global_batch_size", "--global-batch-size", str(train.global_batch_size)),
+        ("train.steps", "--train-iters", str(steps)),
+        ("train.lr", "--lr", repr(train.lr)),
+        ("train.min_lr", "--min-lr", repr(train.min_lr)),
+        ("", "--lr-decay-style", "cosine"),
+        ("train.steps", "--lr-decay-iters", str(steps)),
+        ("train.warmup_steps", "--lr-warmup-iters", str(train.warmup_steps)),
+        ("", "--weight-decay", "0.1"),
+        ("", "--clip-grad", "1.0"),
+        ("", "--optimizer", "adam"),
+        ("", "--adam-beta1", "0.9"),
+        ("", "--adam-beta2", "0.95"),
+        ("model.tokenizer", "--tokenizer-type", "HuggingFaceTokenizer"),
+        ("model.tokenizer", "--tokenizer-model", str(tokenizer_folder)),
+        ("data.input and data.mix", "--data-args-path", str(data_args)),
+        ("", "--data-cache-path", str(run.folder / "data-cache")),
+        ("data.split", "--split", run.data.split),
+        ("", "--no-create-attention-mask-in-dataloader"),
+        ("", "--ckpt-format", "torch_dist"),
+        ("work_dir and name", "--save", str(run.checkpoints_folder)),
+        ("train.save_interval", "--save-interval", str(train.save_interval)),
+        ("", "--exit-signal-handler"),
+        ("train.eval_interval", "--eval-interval", str(train.eval_interval)),
+        ("", "--eval-iters", "1"),
+        ("", "--log-interval", "1"),
+        ("", "--log-throughput"),
+    ]
+
+
+def _load_rows(run: RunFile, resume: bool) -> list[Row]:
+    if not resume:
+        return [("model.megatron", "--load", str(run.megatron_folder)), ("", "--no-load-optim"), ("", "--no-load-rng")]
+    rows: list[Row] = [("work_dir and name", "--load", str(run.checkpoints_folder))]
+    if run.train.script is not None:  # cptain's own leaves nothing of the checkpoint's schedule to be overridden
+        rows += [("train.lr", "--override-opt_param-scheduler")]
+    return rows
+
+
+def _wandb_rows(run: RunFile) -> list[Row]:
+    if run.wandb is None:
+        return []
+    rows: list[Row] = [
+        ("wandb.project", "--wandb-project", run.wandb.project),
+        ("name", "--wandb-exp-name", run.name),
+        ("", "--wandb-save-dir", str(run.folder)),
+    ]
+    if run.wandb.entity is not None:
+        rows += [("wandb.entity", "--wandb-entity", run.wandb.entity)]
+    return rows
 
 
 def megatron_flags(
@@ -178,7 +247,7 @@ def megatron_flags(
     resume: bool,
     gpu_bytes: int | None,
 ) -> Flags:
-    """Everything that Megatron needs to know, as flags with their values.
+    """Everything that Megatron needs to know, as flags with their values; those of train.megatron_args follow.
 
     Args:
         run: the run.
@@ -190,61 +259,17 @@ def megatron_flags(
         gpu_bytes: memory of a GPU; None on the CPU.
 
     Raises:
-        CptainError: what Megatron cannot represent.
+        CptainError: what Megatron cannot represent; what train.megatron_args may not hold.
     """
-    parallel, train = run.parallel, run.train
-    flags = _architecture_flags(architecture, parallel.tensor)
-    flags += [
-        ("--tensor-model-parallel-size", str(parallel.tensor)),
-        ("--pipeline-model-parallel-size", str(parallel.pipeline)),
-        ("--context-parallel-size", str(parallel.context)),
-        ("--seq-length", str(train.seq_length)),
-        ("--micro-batch-size", str(train.micro_batch_size)),
-        ("--global-batch-size", str(train.global_batch_size)),
-        ("--train-iters", str(steps)),
-        ("--lr", repr(train.lr)),
-        ("--min-lr", repr(train.min_lr)),
-        ("--lr-decay-style", "cosine"),
-        ("--lr-decay-iters", str(steps)),
-        ("--lr-warmup-iters", str(train.warmup_steps)),
-        ("--weight-decay", "0.1"),
-        ("--clip-grad", "1.0"),
-        ("--optimizer", "adam"),
-        ("--adam-beta1", "0.9"),
-        ("--adam-beta2", "0.95"),
-        ("--tokenizer-type", "HuggingFaceTokenizer"),
-        ("--tokenizer-model", str(tokenizer_folder)),
-        ("--data-args-path", str(data_args)),
-        ("--data-cache-path", str(run.folder / "data-cache")),
-        ("--split", run.data.split),
-        ("--no-create-attention-mask-in-dataloader",),
-        ("--ckpt-format", "torch_dist"),
-        ("--save", str(run.checkpoints_folder)),
-        ("--save-interval", str(train.save_interval)),
-        ("--exit-signal-handler",),
-        ("--eval-interval", str(train.eval_interval)),
-        ("--eval-iters", "1"),
-        ("--log-interval", "1"),
-        ("--log-throughput",),
-    ]
-    if resume:
-        # The run file wins over the schedule that the checkpoint carries: Megatron would refuse a changed number of
-        # steps.
-        flags += [("--load", str(run.checkpoints_folder)), ("--override-opt_param-scheduler",)]
-    else:
-        flags += [("--load", str(run.megatron_folder)), ("--no-load-optim",), ("--no-load-rng",)]
-    flags += _PRECISION[train.precision]
+    rows: list[Row] = [("config.json", *flag) for flag in _architecture_flags(architecture, run.parallel.tensor)]
+    rows += _run_rows(run, tokenizer_folder, data_args, steps)
+    rows += _load_rows(run, resume)
+    rows += _PRECISION[run.train.precision]
     if gpu_bytes is None:
-        flags += _cpu_flags()
+        rows += _cpu_rows()
     else:
-        flags += _gpu_flags(run)
-        flags += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
-    if run.wandb is not None:
-        flags += [
-            ("--wandb-project", run.wandb.project),
-            ("--wandb-exp-name", run.name),
-            ("--wandb-save-dir", str(run.folder)),
-        ]
-        if run.wandb.entity is not None:
-            flags += [("--wandb-entity", run.wandb.entity)]
-    return flags
+        rows += _gpu_rows(run)
+        rows += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
+    rows += _wandb_rows(run)
+    check_megatron_args(run, rows)
+    return [row[1:] for row in rows]
