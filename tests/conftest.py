@@ -71,6 +71,16 @@ def cptain_process(*arguments: object, **options: Any) -> "subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
+def in_megatron(script: str) -> Any:
+    """Run Python beside Megatron, on the CPU, in a process of its own; gives what it leaves in `found`."""
+    begin = "from cptain.megatron.importing import before_import, import_megatron\nbefore_import(cpu=True)\n"
+    begin += "import_megatron(cpu=True)\n"
+    end = "\nimport json\nprint(json.dumps(found))"
+    done = subprocess.run([sys.executable, "-c", begin + script + end], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run make in the project; its stderr is in stdout."""
     return subprocess.run(

@@ -424,13 +424,9 @@ def test_data_of_another_tokenizer_is_refused(make_ready_run: RunFileMaker, mode
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--pipeline-model-parallel-size", "3"],
-            "AssertionError: world size (1) is not divisible by total_model_size",
-        ),
+        (["--overlap-param-gather"], "AssertionError: "),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--reset-attention-mask"], "ValueError: --reset-attention-mask: cptain's training script makes no attention"),
-        (["--tokenizer-model", "/nowhere"], "/nowhere"),
+        (["--exit-signal-handler-for-dataloader"], "ValueError: --exit-signal-handler-for-dataloader: this Megatron"),
     ],
 )
 def test_what_megatron_refuses_is_exit_1_with_its_own_reason(

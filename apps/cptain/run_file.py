@@ -153,7 +153,8 @@ class Parallel(Section):
 class Train(Section):
     """How it is trained. Exactly one of steps, tokens and epochs says for how long.
 
-    megatron_args: passed to Megatron as written, after every flag that cptain sets, so they win.
+    megatron_args: passed to Megatron as written, after cptain's own, so that they win over its defaults; what a key
+        or config.json says is refused.
     script: another training script that takes Megatron's arguments; default: cptain's own.
     """
 
