@@ -239,7 +239,7 @@ def as_if_trained(file: Path, *iterations: int) -> Path:
     """Put the converted checkpoint where training would have saved these iterations, by default 1; gives the folder of
     the last one's export."""
     import torch
-    from cptain.checkpoint.torch_dist import iteration_folder, write_tracker
+    from cptain.checkpoint.tracker import iteration_folder, write_tracker
     from cptain.run_file import load_run
 
     run = load_run(file)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import RunFileMaker, cptain, in_megatron
-from cptain.checkpoint.torch_dist import write_tracker
+from cptain.checkpoint.tracker import write_tracker
 from cptain.errors import CptainError
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, load_run

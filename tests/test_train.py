@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import RunFileMaker, cptain, cptain_process, write_jsonl
-from cptain.checkpoint.torch_dist import read_tracker
+from cptain.checkpoint.tracker import read_tracker
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError
 from cptain.megatron.log import parse_step, parse_validation, read_steps, train_logs

@@ -25,7 +25,7 @@ from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
-from cptain.checkpoint.torch_dist import iteration_folder, read_tracker
+from cptain.checkpoint.tracker import iteration_folder, read_tracker
 from cptain.data.check import check_tokenizer
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from cptain.checkpoint.torch_dist import write_tracker
+from cptain.checkpoint.tracker import write_tracker
 from cptain.data.in_use import in_use
 from cptain.errors import RESUMABLE, CptainError, bad_usage
 from cptain.lock import lock
