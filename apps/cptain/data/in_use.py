@@ -1,8 +1,8 @@
 """Data that a training reads is not written anew under it.
 
-Megatron maps the pairs into memory and reads from them to its end: a pair replaced meanwhile is another blend, or a
-crash. A training therefore holds a lock in the data folder, one a run, and preprocess looks for them before it touches
-a pair that is there. New pairs harm nobody.
+A training reads the pairs to its end, at places that it worked out at its start: a pair replaced meanwhile is other
+text, or a crash. A training therefore holds a lock in the data folder, one a run, and preprocess looks for them before
+it touches a pair that is there. New pairs harm nobody.
 """
 
 import errno
