@@ -120,7 +120,7 @@ def tokenizer(folder: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=special[0], eos_token=special[1]).save_pretrained(
         folder
     )
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": converted.get_vocab_size()}))
     return folder
 
 

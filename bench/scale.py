@@ -179,7 +179,7 @@ from cptain.checkpoint.convert import complete, plan
 from cptain.checkpoint.release import source_of
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import write_files
-from cptain.checkpoint.torch_dist import RELEASE, write_tracker
+from cptain.checkpoint.tracker import RELEASE, write_tracker
 from cptain.model.architecture import read_architecture
 
 model, root, (part, parts, workers) = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])

@@ -153,8 +153,8 @@ def test_other_data_is_refused_at_a_resume_and_recorded_where_it_is_accepted(own
     assert cptain("preprocess", own_run, *sets).exit_code == 0
     result = cptain("train", own_run, "--cpu", *sets)
     assert result.exit_code == 1
-    assert "was trained on other data: 3 files → 4 files" in result.output
+    assert "was trained on other data: 3 → 4 files" in result.output
     assert "--accept data" in result.output
     result = cptain("train", own_run, "--cpu", "--accept", "data", *sets)
     assert result.exit_code == 0, result.output
-    assert read_history(run.folder)[-1].accepted[0].startswith("data: 3 files → 4 files")
+    assert read_history(run.folder)[-1].accepted[0].startswith("data: 3 → 4 files")

@@ -134,7 +134,7 @@ def in_a_process(function: str, file: Path, stage: str) -> Any:
     took most of the time.
     """
     script = f"""
-import gc, sys, torch
+import gc, sys, torch, torch.distributed.checkpoint.filesystem  # which convert imports late
 from pathlib import Path
 from test_interrupted import {function}
 torch.set_num_threads(1)
@@ -149,9 +149,9 @@ gc.freeze()
 
 
 @pytest.fixture
-def file(make_run: RunFileMaker, request: pytest.FixtureRequest) -> Path:
+def file(make_run: RunFileMaker, ready_run: Path, request: pytest.FixtureRequest) -> Path:
     """A run file whose convert, or whose export of iteration 1, can begin."""
-    file = make_run()
+    file = make_run(data__output=str(load_run(ready_run).data_folder))
     if request.node.callspec.params["stage"] == "export":
         assert cptain("convert", file).exit_code == 0
         as_if_trained(file)

@@ -522,13 +522,16 @@ def test_a_shard_that_is_none_is_refused(shard: str, make_run: RunFileMaker) -> 
 
 
 def test_parts_are_even_in_bytes(tmp_path: Path, make_run: RunFileMaker) -> None:
+    from cptain.data.inputs import input_files
     from cptain.data.preprocess import _tasks, shard
+    from cptain.data.recipe import Recipe
 
     sizes = [100, 90, 50, 40, 30, 20, 10, 10, 10]
     for number, size in enumerate(sizes):
         (tmp_path / f"{number}.jsonl").write_bytes(b" " * size)
     run = load_run(make_run(data__input=[f"{tmp_path}/*.jsonl"]))
-    tasks = _tasks(run, "hash", False)
+    made = Recipe("text", False, "fail", 1, "hash", 1, False)
+    tasks = _tasks(run, made, False, input_files(run.data.input))
     parts = [shard(tasks, number, 3) for number in (1, 2, 3)]
     assert sorted(task.record.prefix for part in parts for task in part) == sorted(task.record.prefix for task in tasks)
     assert [sum(task.record.bytes for task in part) for part in parts] == [120, 120, 120]

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import RunFileMaker, cptain, write_run_file
 from cptain.checkpoint.legacy import LegacyReader
-from cptain.checkpoint.torch_dist import TorchDistReader, write_tracker
+from cptain.checkpoint.torch_dist import TorchDistReader
+from cptain.checkpoint.tracker import write_tracker
 from cptain.checkpoint.verify import compare_tensors, tensors
 from cptain.errors import CptainError
 from cptain.run_file import load_run

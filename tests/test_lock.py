@@ -155,3 +155,11 @@ def test_who_holds_a_lock_is_told_while_it_lives(file: Path) -> None:
     assert str(living_holder(file)).startswith("process 17 on host another-host (since ")
     os.utime(file, (0, 0), follow_symlinks=False)
     assert living_holder(file) is None
+
+
+@pytest.mark.parametrize("words", ["x", "a|1|2|3|4", "another-host|1|x|1|1|x", "another-host|1|17|1|x|x", "|||||"])
+def test_a_link_that_no_holder_made_holds_nobody_up(file: Path, words: str) -> None:
+    os.symlink(words, file)
+    assert living_holder(file) is None
+    with lock(file, "x"):
+        pass

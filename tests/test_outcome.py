@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunFileMaker
-from cptain.checkpoint.torch_dist import write_tracker
+from cptain.checkpoint.tracker import write_tracker
 from cptain.errors import CptainError
 from cptain.history import read_history
 from cptain.progress import Progress

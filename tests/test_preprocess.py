@@ -20,9 +20,11 @@ import pytest
 import zstandard
 from conftest import RunFileMaker, cptain, cptain_process, leftovers, wait_until_half_written, write_jsonl
 from cptain.data import reader
-from cptain.data.blend import weights
+from cptain.data.blend import blend
+from cptain.data.inputs import input_files
 from cptain.data.manifest import Record
-from cptain.data.preprocess import _tasks, input_files, shard
+from cptain.data.preprocess import _tasks, shard
+from cptain.data.recipe import Recipe
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 from cptain.run_file import MixPart, load_run
@@ -368,8 +370,15 @@ def test_a_killed_run_leaves_no_final_name_and_the_next_removes_its_debris(text:
     assert leftovers(file.parent) == []
 
 
+RECIPE = Recipe("text", False, "fail", 1, "hash", 1, False)
+
+
 def record(input: str, tokens: int) -> Record:
-    return Record(input, input, 1, 1, "fingerprint", "text", "fail", False, 1, "hash", tokens=tokens)
+    return Record(input, input, 1, 1, "fingerprint", RECIPE, tokens=tokens)
+
+
+def weights(mix: Any, records: list[Record]) -> list[float]:
+    return [weight for weight, _ in blend(mix, records)]
 
 
 def test_files_blend_by_tokens_alike_or_by_tables() -> None:
@@ -780,7 +789,8 @@ def test_parts_are_alike_in_bytes_and_files_that_come_later_are_the_only_ones_do
         "preprocess: part 3 of 3: 4 files done; 4 files of other parts are not done yet",
         "preprocess: part 1 of 3: 4 files done",
     ]
-    parts = [shard(_tasks(load_run(file), "", False), number, 3) for number in (1, 2, 3)]
+    files = input_files(load_run(file).data.input)
+    parts = [shard(_tasks(load_run(file), RECIPE, False, files), number, 3) for number in (1, 2, 3)]
     sizes = [sum(task.record.bytes for task in part) for part in parts]
     assert max(sizes) < 1.1 * min(sizes)
     assert manifest(file)["files"] == 12

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunFileMaker, as_if_trained
-from cptain.checkpoint.torch_dist import read_tracker
+from cptain.checkpoint.tracker import read_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import read_architecture
 from cptain.run_file import RunFile, load_run

@@ -76,8 +76,9 @@ def _living(words: str, link: Path) -> _Words | None:
     """Who made a link that says `words`, where it lives as far as one look can tell."""
     try:
         maker = _Words(*words.split("|"))
+        pid, _ = int(maker.pid), int(maker.since)
         if maker.are_of_this_place:
-            lives = process_start(int(maker.pid)) == maker.start
+            lives = process_start(pid) == maker.start
         else:
             lives = time.time() - link.lstat().st_mtime < STALE_AFTER
         return maker if lives else None

@@ -121,6 +121,8 @@ class Data(Section):
     strip: cut white space off both ends of every text, as the lab's fork of Megatron-LM does; upstream does not.
     check_fraction: of the documents, encoded by Hugging Face's own library too; a difference ends the run.
     max_document_bytes: a longer line is a bad one.
+    max_epochs: no part of the mix is seen more often, unless train.epochs asks for it. Returns of repeated data fall
+        sharply beyond 16 (Muennighoff et al. 2023, arXiv:2305.16264).
     """
 
     input: Annotated[list[Glob], Field(min_length=1)]
@@ -132,6 +134,7 @@ class Data(Section):
     strip: bool = False
     check_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     max_document_bytes: PositiveInt = 1 << 25
+    max_epochs: PositiveFloat = 16.0
 
 
 class Parallel(Section):
@@ -150,7 +153,8 @@ class Parallel(Section):
 class Train(Section):
     """How it is trained. Exactly one of steps, tokens and epochs says for how long.
 
-    megatron_args: passed to Megatron as written, after every flag that cptain sets, so they win.
+    megatron_args: passed to Megatron as written, after cptain's own, so that they win over its defaults; what a key
+        or config.json says is refused.
     script: another training script that takes Megatron's arguments; default: cptain's own.
     """
 

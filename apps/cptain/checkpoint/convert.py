@@ -22,7 +22,8 @@ from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Fill, write_files
-from cptain.checkpoint.torch_dist import RELEASE, TorchDistWriter, write_tracker
+from cptain.checkpoint.torch_dist import TorchDistWriter
+from cptain.checkpoint.tracker import RELEASE, write_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder, read_architecture
 from cptain.progress import Progress, duration, human

@@ -1,9 +1,9 @@
 """export: a checkpoint that training wrote → <run>/hf/iter_NNNNNNN, a Hugging Face model, streamed on the CPU in one
 step.
 
-Config, tokenizer, chat template and generation config are those of the model that the run began with; Megatron's
-vocabulary padding is cut off. The weights keep the dtype they were trained in unless another is asked for, and
-config.json says which, in the words of transformers 4 and of 5.
+Config and generation config are those of the model that the run began with, tokenizer and chat template those that it
+trained with; Megatron's vocabulary padding is cut off. The weights keep the dtype they were trained in unless another
+is asked for, and config.json says which, in the words of transformers 4 and of 5.
 """
 
 import filecmp
@@ -25,16 +25,18 @@ from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
-from cptain.checkpoint.torch_dist import iteration_folder, read_tracker
+from cptain.checkpoint.tracker import iteration_folder, read_tracker
+from cptain.data.check import check_tokenizer
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
+from cptain.data.tokenizer import is_tokenizer_file
 from cptain.errors import CptainError
 from cptain.model.architecture import model_folder, read_architecture, read_config
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
-# What is carried over from the base model: tokenizer, templates, licences; never weights in any format, hidden files
-# or what is about the base model alone.
+# What is carried over from the base model, its tokenizer aside: generation config, licences; never weights in any
+# format, hidden files or what is about the base model alone.
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "LICENSE", "LICENCE", "NOTICE")
 _LEFT_BEHIND = ("config.json", "trainer_state.json", "verify.json", MODEL_CARD)
 SHARD_BYTES = 5 * 10**9  # as transformers has it
@@ -69,17 +71,22 @@ def _config_json(base: Path, dtype: torch.dtype) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _carried(base: Path) -> list[Path]:
-    """The files of the base model that an export has too."""
-    return [
+def _carried(base: Path, tokenizer: Path) -> list[Path]:
+    """The files that an export has too: the tokenizer's of its folder, and others of the base model's."""
+    others = [
         file
-        for file in sorted(base.iterdir())
-        if file.is_file()
-        and file.name.endswith(_CARRIED)
+        for file in base.iterdir()
+        if file.name.endswith(_CARRIED)
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
         and file.name not in _LEFT_BEHIND
+        and not is_tokenizer_file(file.name)
     ]
+    return sorted(file for file in [*others, *_tokenizer_files(tokenizer)] if file.is_file())
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if is_tokenizer_file(file.name)]
 
 
 def iterations(run: RunFile, which: int | str) -> list[int | None]:
@@ -144,10 +151,11 @@ def export(
         Whether anything was written.
 
     Raises:
-        CptainError: no such checkpoint, an incomplete one, or one that is not of the run's model.
+        CptainError: no such checkpoint, an incomplete one, one that is not of the run's model, or a larger tokenizer.
     """
     base = model_folder(run.model.hf)
     architecture = read_architecture(base)
+    carried = _carried(base, check_tokenizer(run))
     source = iteration_folder(run.checkpoints_folder, iteration)
     if not source.is_dir():
         saved = ", ".join(sorted(path.name for path in run.checkpoints_folder.glob("iter_*"))) or "none"
@@ -168,14 +176,14 @@ def export(
             shard_bytes,
         )
         config = _config_json(base, dtype)
-        if not force and _is_done(target, base, reader.saved_at, writer, config):
+        if not force and _is_done(target, carried, reader.saved_at, writer, config):
             print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
             return False
         began = time.monotonic()
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
             writer.finish(partial)
-            for file in _carried(base):
+            for file in carried:
                 shutil.copyfile(file, partial / file.name)
             (partial / "config.json").write_text(config, encoding="utf-8")
             card = b""
@@ -214,11 +222,12 @@ def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bo
     return written
 
 
-def _is_done(target: Path, base: Path, saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
+def _is_done(target: Path, carried: list[Path], saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
     """Whether what would be written is there, and newer than the checkpoint."""
     try:
         unchanged = (target / "config.json").read_text(encoding="utf-8") == config and (target / MODEL_CARD).exists()
-        unchanged &= all(filecmp.cmp(file, target / file.name, shallow=False) for file in _carried(base))
+        unchanged &= all(filecmp.cmp(file, target / file.name, shallow=False) for file in carried)
+        unchanged &= {file.name for file in _tokenizer_files(target)} <= {file.name for file in carried}
         return unchanged and target.stat().st_mtime_ns > saved_at and writer.is_written(target)
     except OSError:
         return False

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
-from cptain.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader
+from cptain.checkpoint.torch_dist import TorchDistReader
+from cptain.checkpoint.tracker import RELEASE, TRACKER
 from cptain.errors import CptainError
 
 SOURCE = "source.json"

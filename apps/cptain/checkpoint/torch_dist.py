@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from cptain.atomic import write_text
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.streaming import FilePlan, Fill, Rows
@@ -38,40 +37,12 @@ from cptain.checkpoint.torch_save import (
 )
 from cptain.errors import CptainError, one_line
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 _CONFIG = "metadata.json"
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
 _NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_")
 _FILES = 64  # .distcp files that a checkpoint is cut into, as far as their sizes allow
 _SMALLEST_FILE, _LARGEST_FILE = 64 << 20, 2 << 30
-
-
-def iteration_folder(root: Path, iteration: int | None) -> Path:
-    """The folder of an iteration, or of the release, under a checkpoint's root."""
-    return root / (RELEASE if iteration is None else f"iter_{iteration:07d}")
-
-
-def read_tracker(root: Path) -> int | None:
-    """The latest iteration that a checkpoint's root says is complete; None for a release.
-
-    Raises:
-        CptainError: no tracker, or one that says neither.
-    """
-    file = root / TRACKER
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-        return None if text == RELEASE else int(text)
-    except FileNotFoundError:
-        raise CptainError(f"{file}: missing: there is no checkpoint in {root}") from None
-    except (OSError, ValueError) as error:
-        raise CptainError(f'{file}: must hold "{RELEASE}" or an iteration: {one_line(error)}') from error
-
-
-def write_tracker(root: Path, iteration: int | None) -> None:
-    """Say which iteration, or that the release, is complete."""
-    write_text(root / TRACKER, RELEASE if iteration is None else str(iteration))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.streaming import Buffers, Fill, in_threads
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
-from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
+from cptain.checkpoint.torch_dist import TorchDistReader
+from cptain.checkpoint.tracker import TRACKER, iteration_folder, read_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, read_architecture, read_config
 from cptain.progress import Progress

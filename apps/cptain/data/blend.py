@@ -7,8 +7,8 @@ instead, which is the same for every path without white space or quotes.
 
 import fnmatch
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cptain import atomic
 from cptain.data.manifest import Record
@@ -16,35 +16,61 @@ from cptain.errors import CptainError
 from cptain.run_file import MixPart, RunFile
 
 
-def weights(mix: str | list[MixPart], records: list[Record]) -> list[float]:
-    """A weight a record, in their order.
+@dataclass(frozen=True)
+class Part:
+    """Files that share their part of the training tokens by the tokens they have.
 
-    "tokens" weighs a file by its tokens, so that every token is seen once an epoch. Tables share their weight among
-    the files they match, by tokens; every file must match exactly one.
+    Attributes:
+        name: for people: the table's glob, or the file.
+        weight: their share, among those of all parts.
+        records: theirs.
+    """
+
+    name: str
+    weight: float
+    records: list[Record]
+
+    @property
+    def tokens(self) -> int:
+        """Of all its files."""
+        return sum(record.tokens for record in self.records)
+
+
+def parts(mix: str | list[MixPart], records: list[Record]) -> list[Part]:
+    """The parts of a mix, of the files that have tokens: all of them together, each by itself, or a table's.
+
+    "tokens" is one part, so that every token is seen once an epoch. "uniform" makes every file a part, all alike. Of
+    tables exactly one must match each file.
 
     Raises:
         CptainError: a file that no table matches, or more than one; a table that matches no file.
     """
+    filled = [record for record in records if record.tokens]
     if mix == "tokens":
-        return [float(record.tokens) for record in records]
+        return [Part("all files", float(sum(record.tokens for record in filled)), filled)]
     if isinstance(mix, str):
-        return [1.0] * len(records)
-    members: list[list[int]] = [[] for _ in mix]
-    for place, record in enumerate(records):
-        parts = Path(record.input).parts
-        tables = [number for number, part in enumerate(mix) if _matches(parts, Path(part.input).parts)]
+        return [Part(record.prefix, 1.0, [record]) for record in filled]
+    members: list[list[Record]] = [[] for _ in mix]
+    for record in filled:
+        path = Path(record.input).parts
+        tables = [number for number, part in enumerate(mix) if _matches(path, Path(part.input).parts)]
         if len(tables) != 1:
             named = " and ".join(mix[number].input for number in tables) or "no table"
             raise CptainError(f"data.mix: {record.input} is matched by {named}: exactly one table must match a file")
-        members[tables[0]].append(place)
-    result = [0.0] * len(records)
-    for part, places in zip(mix, members, strict=True):
-        if not places:
+        members[tables[0]].append(record)
+    for part, matched in zip(mix, members, strict=True):
+        if not matched:
             raise CptainError(f"data.mix: {part.input} matches no file of data.input that has tokens")
-        tokens = sum(records[place].tokens for place in places)
-        for place in places:
-            result[place] = part.weight * records[place].tokens / tokens
-    return result
+    return [Part(part.input, part.weight, matched) for part, matched in zip(mix, members, strict=True)]
+
+
+def blend(mix: str | list[MixPart], records: list[Record]) -> list[tuple[float, Record]]:
+    """The files that have tokens, in the order of `records`, each with its weight. Errors are those of `parts`."""
+    weights: dict[str, float] = {}
+    for part in parts(mix, records):
+        tokens = part.tokens
+        weights |= {record.prefix: part.weight * record.tokens / tokens for record in part.records}
+    return [(weights[record.prefix], record) for record in records if record.tokens]
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -58,18 +84,10 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def write_blend(run: RunFile, records: list[Record]) -> Path:
     """Write <run>/data-args.txt and return its path."""
-    filled = [record for record in records if record.tokens]
-    lines = []
-    for weight, record in zip(weights(run.data.mix, filled), filled, strict=True):
-        lines.append(f"{weight:.12g} {shlex.quote(str(run.data_folder / record.prefix))}\n")
+    lines = [
+        f"{weight:.12g} {shlex.quote(str(run.data_folder / record.prefix))}\n"
+        for weight, record in blend(run.data.mix, records)
+    ]
     file = run.folder / "data-args.txt"
     atomic.write_text(file, "".join(lines))
     return file
-
-
-def trained_on(run: RunFile, records: list[Record]) -> dict[str, Any]:
-    return {"documents": sum(r.documents for r in records), "tokens": sum(r.tokens for r in records)}
-
-
-def other_data(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return "" if before == now else f"{before} -> {now}"

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from cptain.data import reader
 from cptain.data.indexed_dataset import EncodedDocuments, Ids, token_dtype, with_eod
 from cptain.data.processes import process_pool
+from cptain.data.recipe import Recipe
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 
@@ -51,20 +53,22 @@ class Encoding:
     """How the blocks of one file are encoded.
 
     Attributes:
-        file: the file, for messages.
-        key: of the texts.
-        strip: see `reader.parse`.
-        on_error: "fail" or "skip".
-        max_document_bytes: see `reader.parse`.
+        file: the file.
+        recipe: the options.
         check_fraction: of the documents, how many are compared with Hugging Face's own ids.
     """
 
     file: str
-    key: str
-    strip: bool
-    on_error: str
-    max_document_bytes: int
+    recipe: Recipe
     check_fraction: float
+
+    def blocks(self, seen: Callable[[bytes], None] = lambda read: None) -> Iterator[reader.Block]:
+        """The file's blocks; `seen` is given every byte of it."""
+        return reader.blocks(Path(self.file), self.recipe.key, self.recipe.max_document_bytes, seen)
+
+    def parse(self, block: reader.Block) -> reader.Documents:
+        """The documents of a block."""
+        return reader.parse(block, self.recipe.key, self.recipe.max_document_bytes, self.recipe.strip)
 
     def encode(self, tokenizer: Tokenizer, block: reader.Block) -> Encoded:
         """Parse and encode a block, and compare a sample of it with Hugging Face's own ids.
@@ -72,8 +76,8 @@ class Encoding:
         Raises:
             CptainError: a bad line where `on_error` is "fail", or other ids than Hugging Face's.
         """
-        documents = reader.parse(block, self.key, self.max_document_bytes, self.strip)
-        if documents.bad and self.on_error == "fail":
+        documents = self.parse(block)
+        if documents.bad and self.recipe.on_error == "fail":
             bad = documents.bad[0]
             raise CptainError(f'{self.file}:{bad.line}: {bad.reason} (data.on_error = "skip" goes on without)')
         texts = documents.texts

@@ -14,6 +14,7 @@ The .bin file is token ids and nothing else. The .idx file, little-endian (`mega
 
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +133,30 @@ def with_eod(
         total.astype("<i4"),
         np.bincount(document, minlength=count),
     )
+
+
+_COUNTED = 16 << 20  # ids at once
+
+
+def ids_over(pairs: Iterable[Path], limit: int, most: int) -> tuple[int, int]:
+    """How many ids of some pairs are `limit` or over, and how many ids were looked at.
+
+    Args:
+        pairs: their paths without .bin and .idx.
+        limit: the first id that counts.
+        most: bytes of .bin files to look at, from the first on.
+    """
+    over = looked = 0
+    for pair in pairs:
+        with open(f"{pair}.idx", "rb") as index:
+            code = index.read(len(MAGIC) + 9)[-1]
+        dtype = np.dtype(next(kind for kind, number in _DTYPE_CODES.items() if number == code))
+        with open(f"{pair}.bin", "rb") as file:
+            while most > 0:
+                ids = np.fromfile(file, dtype, min(_COUNTED, most // dtype.itemsize or 1))
+                if not len(ids):
+                    break
+                over += int(np.count_nonzero(ids >= limit))
+                looked += len(ids)
+                most -= ids.nbytes
+    return over, looked

@@ -2,18 +2,20 @@
 
 A file's own record is written to data/.records/ the moment its .bin and .idx are in place, so that several processes
 can share a data folder and a killed run loses only the files in hand; manifest.json is put together from the records
-once none is missing.
+once none is missing. Records outlive what data.input names: a file's own says what its pair is called.
 """
 
 import hashlib
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cptain import atomic
+from cptain.data.recipe import Recipe
 from cptain.errors import CptainError, one_line
 
 FILE_NAME = "manifest.json"
@@ -29,12 +31,8 @@ class Record:
         bytes: size of the input file.
         mtime_ns: modification time of the input file, nanoseconds since the epoch.
         fingerprint: of what is in it, see `fingerprint`.
-        sha256: of all of it, hexadecimal.
-        key: the key of the texts.
-        on_error: what was done with bad lines.
-        strip: whether white space was cut off the texts.
-        max_document_bytes: a longer line was a bad one.
-        tokenizer: hash of the tokenizer (`cptain.data.tokenizer.tokenizer_hash`).
+        recipe: how its text became ids.
+        sha256: of all of the input file, hexadecimal.
         documents: documents written.
         tokens: ids written, BOS and EOD included.
         text_bytes: of the texts, in UTF-8.
@@ -50,11 +48,7 @@ class Record:
     bytes: int
     mtime_ns: int
     fingerprint: str
-    key: str
-    on_error: str
-    strip: bool
-    max_document_bytes: int
-    tokenizer: str
+    recipe: Recipe
     sha256: str = ""
     documents: int = 0
     tokens: int = 0
@@ -66,10 +60,14 @@ class Record:
     idx_bytes: int = 0
 
     def same_input(self, other: "Record") -> bool:
-        """Whether both describe the same work: file, options and tokenizer."""
-        keys = ["input", "prefix", "bytes", "mtime_ns", "fingerprint"]
-        keys += ["key", "on_error", "strip", "max_document_bytes", "tokenizer"]
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
+        """Whether both describe the same work: all that is known before it is done."""
+        before = [one.name for one in fields(self) if one.default is MISSING]
+        return all(getattr(self, name) == getattr(other, name) for name in before)
+
+    @property
+    def name(self) -> str:
+        """The prefix without what the recipe adds to it."""
+        return self.prefix.removesuffix(prefix_of("", self.recipe))
 
     def missing_output(self, data_folder: Path) -> str | None:
         """What is wrong with the pair on disk, or None where it is as recorded."""
@@ -80,6 +78,11 @@ class Record:
             if file.stat().st_size != size:
                 return f"{file}: {file.stat().st_size} bytes where the manifest has {size}"
         return None
+
+
+def prefix_of(name: str, recipe: Recipe) -> str:
+    """The prefix of the pair of the file that is called `name` in the data folder, as Megatron-LM's tool has it."""
+    return f"{name}_{recipe.key}_document"
 
 
 _PIECE = 1 << 16
@@ -125,18 +128,30 @@ def write_record(data_folder: Path, record: Record) -> None:
 def read_record(data_folder: Path, prefix: str) -> Record | None:
     """The record of a file that is done, or None. One that cannot be read counts as none: the file is redone."""
     try:
-        return Record(**json.loads(_record_file(data_folder, prefix).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(_record_file(data_folder, prefix).read_text(encoding="utf-8"))
+        return Record(**{**content, "recipe": Recipe(**content["recipe"])})
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def read_records(data_folder: Path) -> list[Record]:
+    """The records of every file that is done, those that data.input no longer names among them."""
+    folder = data_folder / ".records"
+    prefixes = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.json"))
+    with ThreadPoolExecutor(16) as pool:  # a parallel file system answers many at once
+        records = pool.map(lambda prefix: read_record(data_folder, prefix), prefixes)
+        return [record for record in records if record]
+
+
 def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]) -> None:
-    """Write manifest.json with its totals, for the globs of data.input."""
+    """Write manifest.json with its totals, for the globs of data.input; the records have one recipe."""
     totals = {
         key: sum(getattr(record, key) for record in records)
         for key in ("documents", "tokens", "text_bytes", "lines", "skipped", "blank")
     }
-    content = {"input": patterns, "files": len(records), **totals, "records": [asdict(record) for record in records]}
+    described = [asdict(record) for record in records]
+    recipes = [record.pop("recipe") for record in described]
+    content = {"input": patterns, "recipe": recipes[0], "files": len(records), **totals, "records": described}
     atomic.write_json(data_folder / FILE_NAME, content)
 
 
@@ -149,9 +164,15 @@ def read_manifest(data_folder: Path, patterns: list[str]) -> list[Record]:
     file = data_folder / FILE_NAME
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if "recipe" not in content:
+            raise CptainError(f"{file}: written by an earlier version of cptain: run preprocess again")
         if content["input"] != patterns:
             raise CptainError(f"{file}: made from data.input = {json.dumps(content['input'])}: run preprocess again")
-        return [Record(**record) for record in content["records"]]
+        recipe = Recipe(**content["recipe"])
+        records = [Record(**record, recipe=recipe) for record in content["records"]]
+        if not records:
+            raise ValueError("it has no records")
+        return records
     except FileNotFoundError:
         raise CptainError(f"{file}: missing: the data is not ready; run preprocess first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

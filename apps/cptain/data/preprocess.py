@@ -5,7 +5,6 @@ where the file is a larger part of all bytes than one core is of all cores. What
 a later run.
 """
 
-import glob
 import hashlib
 import heapq
 import os
@@ -19,109 +18,80 @@ from pathlib import Path
 from typing import Any
 
 from cptain.atomic import remove_stale_partials
-from cptain.data import reader
 from cptain.data.encode import Encoding
-from cptain.data.manifest import FILE_NAME, Record, fingerprint, remove_record, write_manifest
+from cptain.data.in_use import refuse_if_in_use
+from cptain.data.inputs import input_files, named
+from cptain.data.manifest import (
+    FILE_NAME,
+    Record,
+    fingerprint,
+    prefix_of,
+    read_records,
+    remove_record,
+    write_manifest,
+)
 from cptain.data.processes import CONTEXT, process_pool
+from cptain.data.recipe import Recipe, recipe
 from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
-from cptain.data.tokenizer import Tokenizer, tokenizer_hash
+from cptain.data.tokenizer import Tokenizer, TokenizerFacts, tokenizer_facts
 from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.model.architecture import model_folder
+from cptain.model.vocabulary import Over, check_vocabulary
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
-_WILDCARD = ("*", "?", "[")
 _FOLDERS_SHOWN = 40
+_LOOKED_AT = 1 << 20  # bytes of text that show how much of it a model too small cannot hold
 _CORES_A_FILE = 32  # the process that reads a file feeds no more, and shares 9 MB of memory with each
 _Work = Callable[[Task, Tokenizer, int, Read], Record]
 
 
-def _fixed_part(pattern: str) -> Path:
-    """The folder of a glob before its first wildcard."""
-    parts = Path(pattern).parts
-    wild = next((place for place, part in enumerate(parts) if any(sign in part for sign in _WILDCARD)), len(parts) - 1)
-    return Path(*parts[:wild])
-
-
-def _every_folder_opens(pattern: str) -> None:
-    """Raise what glob says nothing of: a folder below a ** that cannot be listed."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    before, recursive, _ = pattern.partition("**")
-    for folder in glob.glob(before) if recursive else ():
-        for _ in os.walk(folder, onerror=refuse):
-            pass
-
-
-def _is_a_file_with_a_name(file: Path) -> None:
-    if not file.is_file():
-        raise CptainError(f"data.input: {file}: no regular file, or a link to nothing: mend it, or take it away")
-    if not reader.stem(file):
-        raise CptainError(f"data.input: {file}: has no name before its suffix: rename it")
-    try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        raise CptainError(f"data.input: {os.fsencode(file)!r}: a name that is not UTF-8: rename it") from None
-
-
-def input_files(patterns: list[str]) -> dict[str, Path]:
-    """The files that the globs match, by the path their pair gets: folders kept below the globs' common folder, suffix
-    cut.
-
-    Raises:
-        CptainError: a glob that matches nothing, a match that is no file, or two files with one name for their pairs.
-        OSError: a folder that cannot be listed.
-    """
-    matched: dict[Path, None] = {}
-    for pattern in patterns:
-        _every_folder_opens(pattern)
-        files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-        wanted = [file for file in files if file.name.endswith(reader.SUFFIXES) and not file.is_dir()]
-        for file in wanted:
-            _is_a_file_with_a_name(file)
-        if not wanted:
-            other = f" ({len(files)} other files)" if files else ""
-            if Path(pattern).is_dir():
-                other = f": it is a folder: write {pattern}/**/*"
-            raise CptainError(f"data.input: {pattern} matches no {', '.join(reader.SUFFIXES)} file{other}")
-        matched.update(dict.fromkeys(wanted))
-    root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in patterns]))
-    by_name: dict[str, Path] = {}
-    for file in sorted(matched):
-        name = str(file.relative_to(root).with_name(reader.stem(file)))
-        if name in by_name:
-            raise CptainError(f"data.input: {by_name[name]} and {file} would both become {name}: rename one")
-        by_name[name] = file
-    return by_name
-
-
-def _tasks(run: RunFile, tokenizer: str, force: bool) -> list[Task]:
-    data = run.data
+def _tasks(run: RunFile, recipe: Recipe, force: bool, files: dict[str, Path]) -> list[Task]:
+    """The work on files that have names in the data folder."""
 
     def task(name: str, file: Path) -> Task:
         stat = file.stat()
         record = Record(
             input=str(file),
-            prefix=f"{name}_{data.key}_document",
+            prefix=prefix_of(name, recipe),
             bytes=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
             fingerprint=fingerprint(file, stat.st_size),
-            key=data.key,
-            on_error=data.on_error,
-            strip=data.strip,
-            max_document_bytes=data.max_document_bytes,
-            tokenizer=tokenizer,
+            recipe=recipe,
         )
-        encoding = Encoding(
-            str(file), data.key, data.strip, data.on_error, data.max_document_bytes, data.check_fraction
-        )
-        return Task(record, run.data_folder, encoding, force)
+        return Task(record, run.data_folder, Encoding(str(file), recipe, run.data.check_fraction), force)
 
-    files = input_files(data.input)
     with ThreadPoolExecutor(16) as pool:  # a parallel file system answers many at once
         return list(pool.map(task, files.keys(), files.values()))
+
+
+def _first_tokens(tasks: list[Task], tokenizer: Tokenizer, limit: int) -> Over:
+    """How many tokens of the first documents are `limit` or over."""
+    over = tokens = size = 0
+    texts = (text for task in tasks for block in task.encoding.blocks() for text in task.encoding.parse(block).texts)
+    for text in texts:
+        ids, _ = tokenizer.encode([text])
+        over, tokens, size = over + int((ids >= limit).sum()), tokens + len(ids), size + len(text.encode())
+        if size >= _LOOKED_AT:
+            break
+    return Over(over, tokens, "of the first documents")
+
+
+def _plan(run: RunFile, force: bool, cache: Path | None) -> tuple[list[Task], TokenizerFacts, int]:
+    """What is to be done, by which tokenizer, and how many pairs are there of files or keys that the run has not."""
+    files = input_files(run.data.input)
+    facts, known = tokenizer_facts(run.tokenizer, cache), read_records(run.data_folder)
+    names = named(files, {record.input: record.name for record in known})
+    tasks = _tasks(run, recipe(run, facts), force, names)
+    check_vocabulary(
+        model_folder(run.tokenizer),
+        facts.size,
+        run.model.hf,
+        lambda limit: _first_tokens(tasks, Tokenizer(run.tokenizer, facts=facts), limit),
+    )
+    wanted = {task.record.prefix for task in tasks}
+    others = [record for record in known if record.prefix not in wanted]
+    return tasks, facts, sum(1 for record in others if not record.missing_output(run.data_folder))
 
 
 class _Meter:
@@ -260,30 +230,22 @@ def preprocess(
         Whether a file was tokenized.
 
     Raises:
-        CptainError: see `input_files` and `tokenize_file`.
+        CptainError: see `input_files`, `check_vocabulary`, `refuse_if_in_use` and `tokenize_file`.
     """
-    digest = tokenizer_hash(model_folder(run.tokenizer))
-    every = _tasks(run, digest, force)
+    cache = None if count_only else run.data_folder / ".tokenizer"
+    every, facts, left = _plan(run, force, cache)
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]
-    if verify_inputs:
-        changed = _changed_inside(done, workers)
-        for record in changed:
-            remove_record(run.data_folder, record.prefix)
-        done = [record for record in done if record not in changed]
+    changed = _changed_inside(done, workers) if verify_inputs else []
+    done = [record for record in done if record not in changed]
     prefixes = {record.prefix for record in done}
     todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
     if not count_only:
-        if begun := sum(1 for task in todo if task.half_written()):
-            print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
-        for folder in (run.data_folder, run.data_folder / ".tokenizer"):
-            remove_stale_partials(folder)
+        _make_way(run.data_folder, todo, changed)
     if todo:
-        if not count_only:
-            (run.data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
-        tokenizer = Tokenizer(run.tokenizer, None if count_only else run.data_folder / ".tokenizer", backend, digest)
+        tokenizer = Tokenizer(run.tokenizer, backend=backend, facts=facts)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
@@ -299,7 +261,7 @@ def preprocess(
         print(f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}", file=sys.stderr)
         if missing:
             return bool(todo)
-    _finish(run, done)
+    _finish(run, done, left)
     return bool(todo)
 
 
@@ -324,8 +286,25 @@ def _say_totals(records: list[Record], where: str) -> None:
     print(f"preprocess: {figures(records)}{where}", file=sys.stderr)
 
 
-def _finish(run: RunFile, done: list[Record]) -> None:
-    """Every file is done: write the manifest and say so."""
+def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> None:
+    """Take away what is no longer true once the work begins, or was left by work that was killed.
+
+    Raises:
+        CptainError: see `refuse_if_in_use`.
+    """
+    refuse_if_in_use(data_folder, [task.record.prefix for task in todo])
+    for record in changed:
+        remove_record(data_folder, record.prefix)
+    if begun := sum(1 for task in todo if task.half_written()):
+        print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
+    for folder in (data_folder, data_folder / ".tokenizer"):
+        remove_stale_partials(folder)
+    if todo:
+        (data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+
+
+def _finish(run: RunFile, done: list[Record], left: int) -> None:
+    """Every file is done: write the manifest and say so, and how many other pairs are left in the folder."""
     done.sort(key=lambda record: record.prefix)
     for record in done:
         if not record.documents:
@@ -333,4 +312,10 @@ def _finish(run: RunFile, done: list[Record]) -> None:
     if not any(record.tokens for record in done):
         raise CptainError("data.input: no document in any file: there is nothing to train on")
     write_manifest(run.data_folder, done, run.data.input)
+    if left:
+        print(
+            f"preprocess: {left} pairs of files that data.input no longer matches, or of another data.key, are left in "
+            f"{run.data_folder}: they are not in the manifest and not trained on",
+            file=sys.stderr,
+        )
     _say_totals(done, f" → {run.data_folder}")

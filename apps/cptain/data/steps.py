@@ -2,6 +2,7 @@
 
 import math
 
+from cptain.data.epochs import training_share
 from cptain.data.manifest import Record
 from cptain.errors import CptainError
 from cptain.run_file import RunFile
@@ -19,9 +20,8 @@ def train_steps(run: RunFile, records: list[Record]) -> int:
     if train.tokens is not None:
         tokens, given = float(train.tokens), f"tokens = {train.tokens}"
     else:
-        weights = [float(part) for part in run.data.split.split(",")]
         assert train.epochs is not None
-        tokens = train.epochs * sum(record.tokens for record in records) * weights[0] / sum(weights)
+        tokens = train.epochs * sum(record.tokens for record in records) * training_share(run.data.split)
         given = f"epochs = {train.epochs:g}"
     steps = max(1, math.ceil(tokens / train.tokens_per_step))
     if train.warmup_steps >= steps:

@@ -14,8 +14,8 @@ from glob import escape
 from pathlib import Path
 
 from cptain.atomic import PARTIAL, atomic_file, remove_stale_partials
-from cptain.data import reader
 from cptain.data.encode import Encoded, Encoding, encoded
+from cptain.data.in_use import refuse_if_in_use
 from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from cptain.data.manifest import Record, lock_file, read_record, remove_record, write_record
 from cptain.data.tokenizer import Tokenizer
@@ -51,6 +51,17 @@ class Task:
             return record
         return None
 
+    def refuse_if_taken(self) -> None:
+        """Refuse to write a pair that a file of a run with other globs became meanwhile, or that a training reads.
+
+        Raises:
+            CptainError: which file, or who trains.
+        """
+        other = read_record(self.data_folder, self.record.prefix)
+        if other and other.input != self.record.input:
+            raise CptainError(f"{self.record.input}: {other.input} became {other.prefix} meanwhile: run it again")
+        refuse_if_in_use(self.data_folder, [self.record.prefix])
+
     def half_written(self) -> list[Path]:
         """What a process that was killed has left, or one at work is writing."""
         return list(self.pair.parent.glob(f".{escape(self.pair.name)}.*{PARTIAL}-*"))
@@ -74,7 +85,7 @@ def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encod
             if len(hashed) > _UNHASHED:
                 hashed.pop(0).result()
 
-        blocks = reader.blocks(file, task.encoding.key, task.encoding.max_document_bytes, seen)
+        blocks = task.encoding.blocks(seen)
         for bytes_read, block in encoded(blocks, task.encoding, tokenizer, cores):
             take(block)
             lines += block.lines
@@ -131,6 +142,7 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
         if done:  # by a process that held the lock until now
             read(done.bytes, 0)
             return done
+        task.refuse_if_taken()
         pair.parent.mkdir(parents=True, exist_ok=True)
         for left in task.half_written():
             left.unlink(missing_ok=True)

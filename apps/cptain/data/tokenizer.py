@@ -3,10 +3,11 @@
 Megatron encodes with `tokenizer(text).input_ids`, so a BOS appears where the tokenizer itself adds one, and appends the
 tokenizer's EOS as end of document; the dtype of the ids follows from `len(tokenizer)`, added tokens included.
 
-What transformers makes of a folder is asked of transformers once, and kept in the data folder: importing it and loading
-a tokenizer takes longer than everything else here. Ids come from the first of fastokens and splintr-rs that takes the
-tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that library; and `check` compares
-documents while running.
+What transformers makes of a folder (`TokenizerFacts`) is asked of transformers once, and kept in the data folder:
+importing it and loading a tokenizer takes longer than everything else here. Ids come from the first of fastokens and
+splintr-rs that takes the tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that
+library; `check` compares documents while running. Neither of the two knows `split_special_tokens`, which no serialized
+tokenizer holds: where it is set, Hugging Face's library encodes alone.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +49,8 @@ _FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# And what else belongs to a tokenizer: templates, which decide none, and the files of formats that it was made from.
+_BESIDE = ("chat_template*", "*.model", "*.tiktoken", "vocab.*")
 _PROBES = (
     *("", " ", "a", "\n", "\r\n\t \x00\x7f", " " * 500 + "y", "x" * 3000, "Hello  world\n\n 123456 I'm  we'LL"),
     *(
@@ -70,46 +75,103 @@ def tokenizer_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in `folder`."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder belongs to its tokenizer."""
+    return name in _FILES or (not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in _BESIDE))
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What transformers makes of a tokenizer's folder.
+
+    Attributes:
+        hash: see `tokenizer_hash`.
+        eos: the id that ends a document.
+        length: ids in all, added tokens included: `len(tokenizer)`.
+        size: the highest id and one more: `length`, and the holes.
+        split_special_tokens: whether a special token's name in a text is plain text.
+        tokenizer: as the tokenizers library serializes it; None where it has no fast form.
+    """
+
+    hash: str
+    eos: int
+    length: int
+    size: int
+    split_special_tokens: bool
+    tokenizer: str | None
+
+
+def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
+    """What transformers makes of the tokenizer in a local folder or of a hub id.
+
+    Args:
+        name: the folder or id.
+        cache: a folder to keep the answer in; None asks transformers every time.
+
+    Raises:
+        CptainError: no such folder, no tokenizer in it, or a tokenizer without EOS.
+    """
+    folder = model_folder(name)
+    if not has_tokenizer(folder):
+        raise CptainError(f"{folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
+    digest = tokenizer_hash(folder)
+    file = cache / f"{digest}-{version('transformers')}.json" if cache else None
+    if file is not None and file.is_file():
+        with suppress(OSError, ValueError):  # asked again
+            known: dict[str, Any] = orjson.loads(file.read_bytes())
+            if known.keys() == {one.name for one in fields(TokenizerFacts)}:
+                return TokenizerFacts(**known)
+    facts = TokenizerFacts(digest, **_ask_transformers(folder))
+    if file is not None:
+        atomic.write_json(file, asdict(facts))
+    return facts
+
+
 class Tokenizer:
     """A tokenizer loaded from a local folder or a hub id.
 
     Args:
         name: the folder or id.
-        cache: a folder to keep in what transformers made of it; None asks transformers every time.
+        cache: see `tokenizer_facts`, whose errors this raises.
         backend: "auto", or "hf" for Hugging Face's tokenizers library alone.
-        digest: see `tokenizer_hash`, where it is known.
+        facts: what `tokenizer_facts` said of it, where that is known.
 
     Attributes:
         folder: where its files are.
-        hash: see `tokenizer_hash`.
-        vocab_size: ids in all, added tokens included.
+        vocab_size: what Megatron chooses the dtype of the ids by (`cptain.data.indexed_dataset.token_dtype`).
         eod: id that ends a document, the tokenizer's EOS.
         backend: what encodes, and why, for people.
-
-    Raises:
-        CptainError: no such folder, no tokenizer in it, or a tokenizer without EOS.
     """
 
-    def __init__(self, name: str, cache: Path | None = None, backend: str = "auto", digest: str | None = None) -> None:
+    def __init__(
+        self, name: str, cache: Path | None = None, backend: str = "auto", facts: TokenizerFacts | None = None
+    ) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes and threads are the parallelism here
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about long sequences
         self.folder = model_folder(name)
-        if not any((self.folder / file).is_file() for file in _FILES):
-            raise CptainError(f"{self.folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
-        self.hash = digest or tokenizer_hash(self.folder)
-        known = self._known(cache)
-        self.eod: int = known["eos"]
-        self.vocab_size: int = known["length"]
-        serialized = known["tokenizer"]
+        facts = facts or tokenizer_facts(name, cache)
+        self.eod = facts.eos
+        # Megatron goes by the length, and would write an id over 65,535, which holes make possible, as another.
+        self.vocab_size = facts.length if facts.size <= 1 << 16 else facts.size
+        serialized = facts.tokenizer
         self._slow: Any = None
         self._fast: _Fast | None = None
         if serialized is None:
             self._slow, self.backend = _from_transformers(self.folder), "transformers, in Python: it has no fast form"
             return
+        if facts.split_special_tokens:
+            self._hf: Any = _hf(serialized)
+            self._hf.encode_special_tokens = True
+            self.backend = "tokenizers, of Hugging Face (no other knows its split_special_tokens = true)"
+            return
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(_fastokens, serialized) if backend == "auto" else None
-            self._hf: Any = _hf(serialized)
+            self._hf = _hf(serialized)
             wait([first] if first else [])  # a signal may end this wait, and must not end the join of a thread at work
         self.backend = "tokenizers, of Hugging Face" + ("" if first else " (--backend hf)")
         refused = []
@@ -123,19 +185,6 @@ class Tokenizer:
                 refused.append(f"{name} does not take it: {one_line(error)}")
         if refused:
             self.backend += f" ({'; '.join(refused)})"
-
-    def _known(self, cache: Path | None) -> dict[str, Any]:
-        """What transformers makes of the folder: its tokenizer in the tokenizers library's own words, EOS and size."""
-        file = cache / f"{self.hash}-{version('transformers')}.json" if cache else None
-        if file is not None and file.is_file():
-            with suppress(OSError, ValueError):  # asked again
-                known: dict[str, Any] = orjson.loads(file.read_bytes())
-                if known.keys() == {"eos", "length", "tokenizer"}:
-                    return known
-        known = _ask_transformers(self.folder)
-        if file is not None:
-            atomic.write_json(file, known)
-        return known
 
     def _check_probes(self, fast: _Fast) -> None:
         special = [token.content for token in self._hf.get_added_tokens_decoder().values()]
@@ -175,6 +224,7 @@ class Tokenizer:
 
 
 def _from_transformers(folder: Path) -> Any:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about long sequences
     from transformers import AutoTokenizer
 
     try:
@@ -190,7 +240,7 @@ def _ask_transformers(folder: Path) -> dict[str, Any]:
     """What transformers makes of a tokenizer's folder, asked in a process of its own, whose memory ends with it.
 
     Returns:
-        "eos", its id; "length", ids in all; "tokenizer", as the tokenizers library serializes it, or None.
+        All of `TokenizerFacts` but the hash.
 
     Raises:
         CptainError: transformers cannot load it, or it has no EOS.
@@ -220,7 +270,14 @@ def _answer(folder: str) -> None:
         backend.no_truncation()
         backend.no_padding()
     serialized = _short(backend) if backend is not None else None
-    print(json.dumps({"eos": tokenizer.eos_token_id, "length": len(tokenizer), "tokenizer": serialized}))
+    answer = {
+        "eos": tokenizer.eos_token_id,
+        "length": len(tokenizer),
+        "size": max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder]) + 1,
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+        "tokenizer": serialized,
+    }
+    print(json.dumps(answer))
 
 
 def _short(tokenizer: Any) -> str:

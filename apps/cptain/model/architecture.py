@@ -142,9 +142,13 @@ def read_architecture(folder: Path) -> Architecture:
         raise CptainError(f"{file}: a value has the wrong type: {one_line(error)}") from error
 
 
-def model_folder(hf: str) -> Path:
+def model_folder(hf: str, only: list[str] | None = None) -> Path:
     """The local folder of a model: a folder as it is; a hub id from the Hugging Face cache, downloaded where it is not
     there.
+
+    Args:
+        hf: the folder or id.
+        only: files that are needed of a hub id; None: all of it.
 
     Raises:
         CptainError: no such folder, or the hub does not have it or cannot be reached.
@@ -156,6 +160,6 @@ def model_folder(hf: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hf, ignore_patterns=["*.pth", "*.bin", "original/*"]))
+        return Path(snapshot_download(hf, allow_patterns=only, ignore_patterns=["*.pth", "*.bin", "original/*"]))
     except Exception as error:
         raise CptainError(f"{hf}: no such folder, and the hub does not give it: {one_line(error)}") from error

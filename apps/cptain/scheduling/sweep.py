@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from cptain.data.recipe import options
 from cptain.errors import bad_usage
 from cptain.run_file import RunFile, set_key, sweep_keys
 from cptain.toml_file import validate
@@ -60,7 +61,7 @@ def _label(dotted: str, value: Any, number: int) -> str:
 
 def _share(run: RunFile, runs: list[RunFile], file: Path) -> list[RunFile]:
     """Give runs that are made of the same text, or the same model, one folder for it."""
-    data = [json.dumps([one.data.input, one.data.key, one.data.on_error, one.tokenizer]) for one in runs]
+    data = [json.dumps([one.data.input, options(one), one.tokenizer]) for one in runs]
     models = [one.model.hf for one in runs]
     shared = []
     for one, text, model in zip(runs, data, models, strict=True):

@@ -1,9 +1,132 @@
-"""Placeholder until the branch is merged."""
+"""What of a run that has begun may change: what is refused, and what the user should know of the rest.
 
+Megatron counts in sequences how far a run is, and shuffles them anew where it needs another number of epochs of them.
+lr, min_lr, warmup_steps, steps and the optimizer's own settings may change (`cptain.training.resumed_optimizer`).
+"""
+
+import math
 from typing import Any
 
+from cptain.data.blend import blend
+from cptain.data.manifest import Record, read_manifest
+from cptain.data.steps import train_steps
+from cptain.errors import bad_usage
 from cptain.run_file import RunFile
+from cptain.toml_file import shown
+from cptain.training.documents import File, same_blend
+
+# Megatron asks each part of a blend for so many more sequences than its share (mid_level_dataset_surplus, a constant in
+# core 0.13), and shuffles a last epoch apart of which it needs less than this.
+_SURPLUS = 0.005
+_LAST_EPOCH_APART = 0.8
+
+_ORDER_KEYS = ("input", "mix", "split")
+_ORDER_ARGS = ("--seed", "--dataloader-type")
+_ANEW = "the order of the data begins anew: some sequences come again and others are left out"
 
 
 def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
-    return []
+    """Compare a run with its last start.
+
+    Args:
+        before: the resolved run file of the last start, as `RunFile.model_dump(mode="json", exclude_none=True)`.
+        run: the run, about to resume.
+
+    Returns:
+        A line for each change with a consequence that the run file does not show.
+
+    Raises:
+        CptainError: exit status 2, a change that a run that has begun cannot take.
+    """
+    for key, why in (
+        ("global_batch_size", "how far it is in its schedule and its data is counted in sequences"),
+        ("seq_length", "its data is cut into sequences of this length"),
+    ):
+        _refuse_change(f"train.{key}", before["train"][key], getattr(run.train, key), why)
+    if (before["train"]["precision"] == "fp32") != (run.train.precision == "fp32"):
+        why = "the optimizer's state of fp32 is not that of bf16 and fp8"
+        _refuse_change("train.precision", before["train"]["precision"], run.train.precision, why)
+    lines = []
+    after = run.model_dump(mode="json", exclude_none=True)
+    for key in _ORDER_KEYS:
+        if (old := before["data"][key]) != (new := after["data"][key]):
+            lines.append(f"data.{key}: {shown(old)} → {shown(new)}: {_ANEW}")
+    for flag in _ORDER_ARGS:
+        old, new = (_argument(flag, document["train"].get("megatron_args", ())) for document in (before, after))
+        if old != new:
+            lines.append(f"{flag}: {old or 'default'} → {new or 'default'}: {_ANEW}")
+    return lines or _other_epochs(before, run)
+
+
+def _refuse_change(key: str, old: Any, new: Any, why: str) -> None:
+    if old != new:
+        bad_usage(
+            f"{key}: {shown(old)} → {shown(new)}: a run that has begun keeps it ({why}): set it back, or export the "
+            "run and begin another with that as model.hf"
+        )
+
+
+def _argument(flag: str, words: Any) -> str | None:
+    """The last value of a flag among Megatron's arguments."""
+    value = None
+    for place, word in enumerate(words):
+        if word == flag:
+            value = words[place + 1] if place + 1 < len(words) else None
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
+    """The line for a change of steps that lets Megatron shuffle other epochs together; none where it does not."""
+    records = read_manifest(run.data_folder, run.data.input)
+    length = {key: before["train"].get(key) for key in ("steps", "tokens", "epochs")}
+    earlier = run.model_copy(update={"train": run.train.model_copy(update={**length, "warmup_steps": 0})})
+    old, new = (train_steps(one, records) for one in (earlier, run))
+    if old == new:
+        return []
+    parts = _parts(run, records)
+    old_epochs, new_epochs = ([epochs(tokens, share, run, n) for share, tokens in parts] for n in (old, new))
+    if old_epochs == new_epochs:
+        return []
+    most = max(range(len(parts)), key=lambda part: new_epochs[part])
+    used = [n * run.train.tokens_per_step * parts[most][0] / parts[most][1] for n in (old, new)]
+    return [f"steps: {old} → {new} ({used[0]:.2f} → {used[1]:.2f} epochs of its data): {_ANEW}"]
+
+
+def _parts(run: RunFile, records: list[Record]) -> list[tuple[float, int]]:
+    """Share and training tokens of each part of the blend, as `cptain.training.pretrain` builds them."""
+    split = [float(part) for part in run.data.split.split(",")]
+    bounds = (0.0, split[0] / sum(split))
+    weighted = [(weight, File(str(run.data_folder / record.prefix))) for weight, record in blend(run.data.mix, records)]
+    parts = []
+    for weight, members in same_blend(weighted):
+        tokens = 0
+        for file in members:
+            part = file.part(bounds)
+            tokens += int(file.lengths[part.start : part.stop].sum())
+        if tokens:
+            parts.append((weight, tokens))
+    total = sum(weight for weight, _ in parts)
+    return [(weight / total, tokens) for weight, tokens in parts]
+
+
+def epochs(tokens: int, share: float, run: RunFile, steps: int) -> tuple[int, bool]:
+    """How many epochs of a part Megatron shuffles, and whether the last of them apart from the others.
+
+    These two, beside the documents and the seed, are all that its order depends on (core 0.13 to 0.20,
+    `GPTDataset._build_document_sample_shuffle_indices`).
+
+    Args:
+        tokens: of the part's training documents.
+        share: of the part in the blend.
+        run: the run.
+        steps: in all.
+    """
+    seq_length = run.train.seq_length
+    wanted = math.ceil(math.ceil(steps * run.train.global_batch_size * share) * (1 + _SURPLUS))
+    number = max(1, math.ceil((wanted * seq_length + 1) / tokens))
+    if number == 1:
+        return 1, False
+    of_last = wanted - ((number - 1) * tokens - 1) // seq_length
+    return number, of_last < int(_LAST_EPOCH_APART * ((tokens - 1) // seq_length))

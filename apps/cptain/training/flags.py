@@ -6,14 +6,13 @@ model is in `cptain.model.arguments`.
 
 from pathlib import Path
 
-from cptain.data.manifest import Record
-from cptain.data.tokenizer import tokenizer_hash
 from cptain.errors import CptainError
 from cptain.megatron import weight_gradient
 from cptain.megatron.version import core_version
 from cptain.model import arguments
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
+from cptain.training.megatron_args import Row, check_megatron_args
 from cptain.training.memory import choose_recompute
 
 Flags = list[tuple[str, ...]]
@@ -69,69 +68,111 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
         )
 
 
-def check_tokenizer(run: RunFile, records: list[Record], tokenizer_folder: Path) -> None:
-    """Refuse data that another tokenizer made.
-
-    Raises:
-        CptainError: the manifest's tokenizer is not the run's.
-    """
-    wanted = tokenizer_hash(tokenizer_folder)
-    for record in records:
-        if record.tokenizer != wanted:
-            raise CptainError(
-                f"{run.data_folder}: {record.prefix} was made with another tokenizer than {tokenizer_folder}: "
-                "run preprocess again"
-            )
-
-
-def _cpu_flags() -> Flags:
+def _cpu_rows() -> list[Row]:
     return [
-        ("--transformer-impl", "local"),
-        ("--distributed-backend", "gloo"),
-        ("--use-cpu-initialization",),
-        ("--no-gradient-accumulation-fusion",),
-        ("--no-persist-layer-norm",),
-        ("--no-masked-softmax-fusion",),
-        ("--no-bias-swiglu-fusion",),
-        ("--no-rope-fusion",),
-        ("--num-workers", "0"),
+        ("", "--transformer-impl", "local"),
+        ("", "--distributed-backend", "gloo"),
+        ("", "--use-cpu-initialization"),
+        ("", "--no-gradient-accumulation-fusion"),
+        ("", "--no-persist-layer-norm"),
+        ("", "--no-masked-softmax-fusion"),
+        ("", "--no-bias-swiglu-fusion"),
+        ("", "--no-rope-fusion"),
+        ("", "--num-workers", "0"),
     ]
 
 
-def _gpu_flags(run: RunFile, script: Path) -> Flags:
-    flags: Flags = [
-        ("--transformer-impl", "transformer_engine"),
-        ("--distributed-backend", "nccl"),
-        ("--use-distributed-optimizer",),
-        ("--overlap-grad-reduce",),
-        ("--overlap-param-gather",),
-        ("--attention-backend", "auto"),
-        ("--manual-gc",),
-        ("--num-workers", "2"),
+def _gpu_rows(run: RunFile, script: Path) -> list[Row]:
+    rows: list[Row] = [
+        ("", "--transformer-impl", "transformer_engine"),
+        ("", "--distributed-backend", "nccl"),
+        ("", "--use-distributed-optimizer"),
+        ("", "--overlap-grad-reduce"),
+        ("", "--overlap-param-gather"),
+        ("", "--attention-backend", "auto"),
+        ("", "--manual-gc"),
+        ("", "--num-workers", "2"),
     ]
     if run.parallel.tensor > 1:
-        flags += [("--sequence-parallel",)]
+        rows += [("", "--sequence-parallel")]
     if run.train.precision != "fp32":  # it computes in bf16
-        flags += [("--cross-entropy-loss-fusion",)]
+        rows += [("", "--cross-entropy-loss-fusion")]
     if core_version(script) >= (0, 17):
         # The optimizer's state in a form that any layout loads. Before 0.17 that is the default, and the only one; the
         # default since then can change its data-parallel size alone.
-        flags += [("--dist-ckpt-optim-fully-reshardable",)]
+        rows += [("", "--dist-ckpt-optim-fully-reshardable")]
     if not weight_gradient.is_fused(own_script=run.train.script is None):
-        flags += [("--no-gradient-accumulation-fusion",)]
-    return flags
+        rows += [("", "--no-gradient-accumulation-fusion")]
+    return rows
 
 
-_PRECISION: dict[str, Flags] = {
+_PRECISION: dict[str, list[Row]] = {
     "fp32": [],
-    "bf16": [("--bf16",)],
-    "fp8": [("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", "tensorwise")],
+    "bf16": [("train.precision", "--bf16")],
+    "fp8": [
+        ("train.precision", "--bf16"),
+        ("train.precision", "--fp8-format", "hybrid"),
+        ("", "--fp8-recipe", "tensorwise"),
+    ],
 }
-_RECOMPUTE: dict[str, Flags] = {
+_RECOMPUTE: dict[str, list[Row]] = {
     "none": [],
-    "selective": [("--recompute-granularity", "selective")],
-    "full": [("--recompute-granularity", "full"), ("--recompute-method", "uniform"), ("--recompute-num-layers", "1")],
+    "selective": [("train.recompute", "--recompute-granularity", "selective")],
+    "full": [
+        ("train.recompute", "--recompute-granularity", "full"),
+        ("train.recompute", "--recompute-method", "uniform"),
+        ("train.recompute", "--recompute-num-layers", "1"),
+    ],
 }
+
+
+def _run_rows(run: RunFile, tokenizer_folder: Path, data_args: Path, steps: int) -> list[Row]:
+    """What the run file says, and the defaults that hold for every run."""
+    parallel, train = run.parallel, run.train
+    return [
+        ("parallel.tensor", "--tensor-model-parallel-size", str(parallel.tensor)),
+        ("parallel.pipeline", "--pipeline-model-parallel-size", str(parallel.pipeline)),
+        ("parallel.context", "--context-parallel-size", str(parallel.context)),
+        ("train.seq_length", "--seq-length", str(train.seq_length)),
+        ("train.micro_batch_size", "--micro-batch-size", str(train.micro_batch_size)),
+        ("train.global_batch_size", "--global-batch-size", str(train.global_batch_size)),
+        ("train.steps", "--train-iters", str(steps)),
+        ("train.lr", "--lr", repr(train.lr)),
+        ("train.min_lr", "--min-lr", repr(train.min_lr)),
+        ("", "--lr-decay-style", "cosine"),
+        ("train.steps", "--lr-decay-iters", str(steps)),
+        ("train.warmup_steps", "--lr-warmup-iters", str(train.warmup_steps)),
+        ("", "--weight-decay", "0.1"),
+        ("", "--clip-grad", "1.0"),
+        ("", "--optimizer", "adam"),
+        ("", "--adam-beta1", "0.9"),
+        ("", "--adam-beta2", "0.95"),
+        ("model.tokenizer", "--tokenizer-type", "HuggingFaceTokenizer"),
+        ("model.tokenizer", "--tokenizer-model", str(tokenizer_folder)),
+        ("data.input and data.mix", "--data-args-path", str(data_args)),
+        ("", "--data-cache-path", str(run.folder / "data-cache")),
+        ("data.split", "--split", run.data.split),
+        ("", "--no-create-attention-mask-in-dataloader"),
+        ("", "--ckpt-format", "torch_dist"),
+        ("work_dir and name", "--save", str(run.checkpoints_folder)),
+        ("train.save_interval", "--save-interval", str(train.save_interval)),
+        ("", "--exit-signal-handler"),
+        ("train.eval_interval", "--eval-interval", str(train.eval_interval)),
+        ("", "--eval-iters", "1"),
+        ("", "--log-interval", "1"),
+        ("", "--log-throughput"),
+    ]
+
+
+def _load_rows(run: RunFile, resume: bool, same_layout: bool) -> list[Row]:
+    if not resume:
+        return [("model.megatron", "--load", str(run.megatron_folder)), ("", "--no-load-optim"), ("", "--no-load-rng")]
+    rows: list[Row] = [("work_dir and name", "--load", str(run.checkpoints_folder))]
+    if run.train.script is not None:  # cptain's own leaves nothing of the checkpoint's schedule to be overridden
+        rows += [("train.lr", "--override-opt_param-scheduler")]
+    if not same_layout:  # random states belong to a rank, and nothing here drops out; the fork would not start
+        rows += [("", "--no-load-rng")]
+    return rows
 
 
 def megatron_flags(
@@ -146,7 +187,7 @@ def megatron_flags(
     same_layout: bool,
     gpu_bytes: int | None,
 ) -> Flags:
-    """Everything that Megatron needs to know, as flags with their values.
+    """Everything that Megatron needs to know, as flags with their values; those of train.megatron_args follow.
 
     Args:
         run: the run.
@@ -160,55 +201,16 @@ def megatron_flags(
         gpu_bytes: memory of a GPU; None on the CPU.
 
     Raises:
-        CptainError: what Megatron cannot represent.
+        CptainError: what Megatron cannot represent; what train.megatron_args may not hold.
     """
-    parallel, train = run.parallel, run.train
-    flags: Flags = arguments.flags(architecture, parallel.tensor)
-    flags += [
-        ("--tensor-model-parallel-size", str(parallel.tensor)),
-        ("--pipeline-model-parallel-size", str(parallel.pipeline)),
-        ("--context-parallel-size", str(parallel.context)),
-        ("--seq-length", str(train.seq_length)),
-        ("--micro-batch-size", str(train.micro_batch_size)),
-        ("--global-batch-size", str(train.global_batch_size)),
-        ("--train-iters", str(steps)),
-        ("--lr", repr(train.lr)),
-        ("--min-lr", repr(train.min_lr)),
-        ("--lr-decay-style", "cosine"),
-        ("--lr-decay-iters", str(steps)),
-        ("--lr-warmup-iters", str(train.warmup_steps)),
-        ("--weight-decay", "0.1"),
-        ("--clip-grad", "1.0"),
-        ("--optimizer", "adam"),
-        ("--adam-beta1", "0.9"),
-        ("--adam-beta2", "0.95"),
-        ("--tokenizer-type", "HuggingFaceTokenizer"),
-        ("--tokenizer-model", str(tokenizer_folder)),
-        ("--data-args-path", str(data_args)),
-        ("--data-cache-path", str(run.folder / "data-cache")),
-        ("--split", run.data.split),
-        ("--no-create-attention-mask-in-dataloader",),
-        ("--ckpt-format", "torch_dist"),
-        ("--save", str(run.checkpoints_folder)),
-        ("--save-interval", str(train.save_interval)),
-        ("--exit-signal-handler",),
-        ("--eval-interval", str(train.eval_interval)),
-        ("--eval-iters", "1"),
-        ("--log-interval", "1"),
-        ("--log-throughput",),
-    ]
-    if resume:
-        # The run file wins over the schedule that the checkpoint carries: Megatron would refuse a changed number of
-        # steps.
-        flags += [("--load", str(run.checkpoints_folder)), ("--override-opt_param-scheduler",)]
-        if not same_layout:  # random states belong to a rank, and nothing here drops out; the fork would not start
-            flags += [("--no-load-rng",)]
-    else:
-        flags += [("--load", str(run.megatron_folder)), ("--no-load-optim",), ("--no-load-rng",)]
-    flags += _PRECISION[train.precision]
+    rows: list[Row] = [("config.json", *flag) for flag in arguments.flags(architecture, run.parallel.tensor)]
+    rows += _run_rows(run, tokenizer_folder, data_args, steps)
+    rows += _load_rows(run, resume, same_layout)
+    rows += _PRECISION[run.train.precision]
     if gpu_bytes is None:
-        flags += _cpu_flags()
+        rows += _cpu_rows()
     else:
-        flags += _gpu_flags(run, script)
-        flags += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
-    return flags
+        rows += _gpu_rows(run, script)
+        rows += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
+    check_megatron_args(run, rows)
+    return [row[1:] for row in rows]

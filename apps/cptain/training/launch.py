@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from cptain.checkpoint.torch_dist import write_tracker
+from cptain.checkpoint.tracker import write_tracker
+from cptain.data.in_use import in_use
 from cptain.errors import RESUMABLE, CptainError, bad_usage
 from cptain.lock import lock
 from cptain.progress import Progress
@@ -117,6 +118,7 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
     with ExitStack() as held:
         if first:
             held.enter_context(lock(run.folder / ".train.lock", f"train: {run.folder}", watch=True))
+            held.enter_context(in_use(run.data_folder, run.folder))
         command = prepare(run, cpu, nproc_per_node, accepted=accepted)
         if command.start > command.steps:
             bad_usage(f"train.steps = {command.steps}: {run.checkpoints_folder} is at step {command.start}, beyond it")

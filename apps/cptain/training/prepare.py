@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cptain.data.blend import other_data, trained_on, write_blend
-from cptain.data.manifest import Record, read_manifest
+from cptain.data.blend import write_blend
+from cptain.data.check import check_data
+from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
+from cptain.data.trained_on import other_data, trained_on
 from cptain.errors import CptainError, bad_usage
 from cptain.history import read_history, stretches
 from cptain.model.architecture import model_folder, read_architecture
 from cptain.run_file import RunFile, changed_keys
 from cptain.training.changes import check_changes
-from cptain.training.flags import check_parallel, check_tokenizer, megatron_flags
+from cptain.training.flags import check_parallel, megatron_flags
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 from cptain.training.start import beginning
 
@@ -91,15 +93,6 @@ def _gpus() -> tuple[int, int]:
         raise CptainError(f"nvidia-smi does not say how much memory the GPUs have: {error}") from error
 
 
-def _check_data(run: RunFile, tokenizer_folder: Path) -> list[Record]:
-    records = read_manifest(run.data_folder, run.data.input)
-    check_tokenizer(run, records, tokenizer_folder)
-    for record in records:
-        if wrong := record.missing_output(run.data_folder):
-            raise CptainError(f"{wrong}: run preprocess again")
-    return records
-
-
 def _since_then(
     run: RunFile, start: int, data: dict[str, Any], accepted: tuple[str, ...]
 ) -> tuple[list[str], list[str]]:
@@ -128,6 +121,29 @@ def _since_then(
     return [*lines, *check_changes(before.run, run)], passed
 
 
+def _processes(
+    run: RunFile, nodes: Nodes | None, cpu: bool, nproc_per_node: int | None, dry_run: bool
+) -> tuple[int, int | None]:
+    """How many processes this node trains with, and the bytes of a GPU; None on the CPU. Arguments and errors are those
+    of `prepare`."""
+    if cpu:
+        if run.train.precision == "fp8":
+            bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
+        if run.parallel.context > 1:
+            bad_usage(f"parallel.context = {run.parallel.context}: not on the CPU, where Megatron's attention allows 1")
+        count = len(nodes.hosts) if nodes else 1
+        return nproc_per_node or math.ceil(run.parallel.model_size / count), None
+    gpus, gpu_bytes = _gpus()
+    if not gpus and not dry_run:
+        raise CptainError("no GPU found (inside a container, --nv is needed); --cpu trains without one")
+    processes = nproc_per_node or gpus or run.parallel.model_size
+    if gpus and processes > gpus:
+        bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
+    if nodes and (cores := os.environ.get("CPTAIN_CORES_PER_GPU")):
+        check_slots(nodes, int(cores), processes)
+    return processes, gpu_bytes or _DRY_RUN_GPU_BYTES
+
+
 def prepare(
     run: RunFile,
     cpu: bool = False,
@@ -149,36 +165,23 @@ def prepare(
     """
     architecture = read_architecture(model_folder(run.model.hf))
     nodes = read_nodes()
-    count = len(nodes.hosts) if nodes else 1
-    gpu_bytes = None
-    if cpu:
-        processes = nproc_per_node or math.ceil(run.parallel.model_size / count)
-        if run.train.precision == "fp8":
-            bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
-        if run.parallel.context > 1:
-            bad_usage(f"parallel.context = {run.parallel.context}: not on the CPU, where Megatron's attention allows 1")
-    else:
-        gpus, gpu_bytes = _gpus()
-        if not gpus and not dry_run:
-            raise CptainError("no GPU found (inside a container, --nv is needed); --cpu trains without one")
-        processes = nproc_per_node or gpus or run.parallel.model_size
-        if gpus and processes > gpus:
-            bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
-        gpu_bytes = gpu_bytes or _DRY_RUN_GPU_BYTES
-        if nodes and (cores := os.environ.get("CPTAIN_CORES_PER_GPU")):
-            check_slots(nodes, int(cores), processes)
-    check_parallel(run, architecture, processes * count)
-    tokenizer_folder = model_folder(run.tokenizer)
-    records = _check_data(run, tokenizer_folder)
+    processes, gpu_bytes = _processes(run, nodes, cpu, nproc_per_node, dry_run)
+    in_all = processes * (len(nodes.hosts) if nodes else 1)
+    check_parallel(run, architecture, in_all)
+    records = check_data(run)
     begins = beginning(run, architecture)
+    start = begins.iteration or 0
     steps = train_steps(run, records)
+    lines = [*first_lines(run, records, steps), *begins.lines]
+    data = trained_on(run, records)
+    changes, passed = _since_then(run, start, data, accepted)
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
         bad_usage(f"train.script = {script}: no such file")
     flags = megatron_flags(
         run,
         architecture,
-        tokenizer_folder=tokenizer_folder,
+        tokenizer_folder=model_folder(run.tokenizer),
         data_args=write_blend(run, records),
         script=script,
         steps=steps,
@@ -186,31 +189,32 @@ def prepare(
         same_layout=begins.same_layout,
         gpu_bytes=gpu_bytes,
     )
-    if cpu:
-        flags = [("--cpu",), *flags]
-    if ends := deadline():
-        # Megatron counts in whole minutes; pretrain.py sets its clock so that they end at the deadline.
-        flags += [("--exit-duration-in-mins", str(max(1, math.ceil((ends - time.time()) / 60))))]
+    flags = [*([("--cpu",)] if cpu else []), *flags, *_until_deadline()]
     flags += [(argument,) for argument in run.train.megatron_args]
     address, interface = own_address(nodes) if nodes else ("", "")
     rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)]
-    data = trained_on(run, records)
-    lines, passed = _since_then(run, begins.iteration or 0, data, accepted)
     return Command(
-        torchrun,
-        script,
-        flags,
-        steps,
-        begins.iteration or 0,
-        nodes,
-        interface,
-        processes * count,
-        data,
-        passed,
-        [*begins.lines, *lines],
-        begins.repair_tracker,
+        torchrun=[sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)],
+        script=script,
+        flags=flags,
+        steps=steps,
+        start=start,
+        nodes=nodes,
+        interface=interface,
+        processes=in_all,
+        data=data,
+        accepted=passed,
+        lines=[*lines, *changes],
+        repair_tracker=begins.repair_tracker,
     )
+
+
+def _until_deadline() -> list[tuple[str, ...]]:
+    """Megatron counts in whole minutes; pretrain.py sets its clock so that they end at the deadline."""
+    ends = deadline()
+    if ends is None:
+        return []
+    return [("--exit-duration-in-mins", str(max(1, math.ceil((ends - time.time()) / 60))))]
 
 
 def deadline() -> float | None:

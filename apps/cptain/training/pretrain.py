@@ -26,6 +26,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from cptain.megatron import weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
+from cptain.megatron.unread_arguments import unread
+from cptain.training import resumed_optimizer
 from cptain.training.documents import Documents, File, same_blend
 
 CPU = "--cpu" in sys.argv
@@ -208,11 +210,10 @@ def _tokenizer(args: Any) -> Any:
 _datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; is_built_here decides
 
 
-def _refuse_attention_masks() -> None:
-    """Arguments that need an attention mask from the data, which this script does not build."""
-    for flag in ("--reset-attention-mask", "--create-attention-mask-in-dataloader"):
-        if flag in sys.argv:
-            raise ValueError(f"{flag}: cptain's training script makes no attention masks; name another as train.script")
+def _refuse_unread() -> None:
+    """Arguments that would change nothing; one process of a node looks for all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (flags := unread(sys.argv[1:], Path(__file__))):
+        raise ValueError(f"{', '.join(flags)}: this Megatron takes it and reads it nowhere")
 
 
 def _log_every_step_by_itself() -> None:
@@ -241,9 +242,11 @@ def _train() -> None:
     if not CPU:
         weight_gradient.install()
     import_megatron(CPU)
+    _refuse_unread()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    resumed_optimizer.install()
     _log_every_step_by_itself()
     _set_clock()
     if "cfg_container" in inspect.signature(pretrain).parameters:
@@ -267,7 +270,6 @@ def _stopped_as_asked() -> bool:
 @record  # type: ignore[untyped-decorator]
 def main() -> None:
     """Train; where Megatron calls sys.exit, look at whether it had a right to."""
-    _refuse_attention_masks()
     if CPU:
         sys.argv.remove("--cpu")
     try:

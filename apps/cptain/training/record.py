@@ -7,7 +7,7 @@ Megatron logs them on the node of its last rank.
 import time
 
 from cptain import provenance
-from cptain.checkpoint.torch_dist import TRACKER, read_tracker
+from cptain.checkpoint.tracker import TRACKER, read_tracker
 from cptain.errors import CptainError, one_line
 from cptain.history import Recorder, Start, now
 from cptain.run_file import RunFile, write_resolved

@@ -12,7 +12,8 @@ from typing import Any
 from cptain.checkpoint.common_state import saved_arguments
 from cptain.checkpoint.release import check_converted_from
 from cptain.checkpoint.tensors import check_checkpoint
-from cptain.checkpoint.torch_dist import TRACKER, TorchDistReader, iteration_folder, read_tracker
+from cptain.checkpoint.torch_dist import TorchDistReader
+from cptain.checkpoint.tracker import TRACKER, iteration_folder, read_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder
 from cptain.run_file import RunFile

@@ -1,0 +1,114 @@
+"""How often a training sees its data, and what data it is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import RunFileMaker, cptain, write_jsonl
+from cptain.data.epochs import check_epochs, exposures
+from cptain.data.manifest import Record, read_manifest
+from cptain.data.recipe import Recipe
+from cptain.data.trained_on import other_data, trained_on
+from cptain.errors import CptainError
+from cptain.run_file import load_run
+from cptain.training.prepare import prepare
+
+RECIPE = Recipe("text", False, "fail", 1, "hash", 1, False)
+TABLES = [{"input": "/d/en/*", "weight": 3}, {"input": "/d/ja/*", "weight": 1}]
+
+
+def record(input: str, documents: int, tokens: int) -> Record:
+    return Record(input, input[1:], 1, 1, "fingerprint", RECIPE, input, documents, tokens)
+
+
+RECORDS = [record("/d/en/a.jsonl", 4, 3000), record("/d/en/b.jsonl", 1, 1000), record("/d/ja/c.jsonl", 2, 1000)]
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+def test_epochs_are_counted_by_part_of_the_mix(make_run: RunFileMaker) -> None:
+    """A step of the tests' run is 512 tokens, and nine tenths of the data are to train on."""
+    (every,) = exposures(load_run(make_run()), RECORDS, 100)
+    assert (every.documents, every.tokens, every.share, every.epochs) == (7, 4500, 1, pytest.approx(51_200 / 4500))
+    files = exposures(load_run(make_run(data__mix="uniform")), RECORDS, 100)
+    assert [file.epochs for file in files] == pytest.approx([51_200 / 3 / 2700, 51_200 / 3 / 900, 51_200 / 3 / 900])
+    english, japanese = exposures(load_run(make_run(data__mix=TABLES)), RECORDS, 100)
+    assert (english.name, english.documents, english.tokens, english.share) == ("/d/en/*", 5, 3600, 0.75)
+    assert (japanese.tokens, japanese.share, japanese.epochs) == (900, 0.25, pytest.approx(12_800 / 900))
+
+
+def test_the_part_that_is_seen_most_is_refused_with_its_tokens_epochs_and_the_key(make_run: RunFileMaker) -> None:
+    run = load_run(make_run(data__mix=TABLES, data__max_epochs=None))
+    check_epochs(run, exposures(run, RECORDS, 112), 112)
+    with pytest.raises(CptainError) as refused:
+        check_epochs(run, exposures(run, RECORDS, 200), 200)
+    assert str(refused.value) == (
+        "data.max_epochs = 16: /d/ja/*: the 900 tokens to train on would be seen 28.4 times in 200 steps of 512 "
+        "tokens: take more text, fewer steps or another data.mix, or allow it with data.max_epochs"
+    )
+
+
+def test_one_short_document_is_not_trained_on_a_thousand_times(
+    make_run: RunFileMaker, ready_run: Path, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ["one"])
+    shared = str(load_run(ready_run).megatron_folder)
+    short = {"data__input": ["in.jsonl"], "data__max_epochs": None, "model__megatron": shared}
+    file = make_run(**short)
+    assert cptain("preprocess", file, "--workers", 1).exit_code == 0
+    result = cptain("train", file, "--cpu", "--dry-run")
+    assert result.exit_code == 2
+    assert last_line(result.output).startswith("cptain: data.max_epochs = 16: all files: the ")
+    assert cptain("train", file, "--cpu", "--dry-run", "--set", "data.max_epochs=1e6").exit_code == 0
+    assert (
+        cptain("train", make_run(**short, train__steps=None, train__epochs=1000), "--cpu", "--dry-run").exit_code == 0
+    )
+
+
+def test_the_first_lines_of_a_training_tell_what_is_seen_and_how_often(
+    make_ready_run: RunFileMaker, text_folder: Path, tmp_path: Path
+) -> None:
+    records = read_manifest(load_run(make_ready_run()).data_folder, load_run(make_ready_run()).data.input)
+    tokens = round(sum(record.tokens for record in records) * 0.9)
+    whole = prepare(load_run(make_ready_run()), cpu=True).lines
+    assert whole == [
+        f"{sum(record.documents for record in records)} documents, {tokens:,} tokens to train on; 8 steps of "
+        f"512 tokens: 4.1k in all, {4096 / tokens:.3g} epochs",
+    ]
+    mix = [{"input": f"{text_folder}/*.jsonl", "weight": 1}, {"input": f"{text_folder}/sub/**/*", "weight": 3}]
+    (tmp_path / "nothing.py").write_text("")
+    result = cptain("train", make_ready_run(data__mix=mix, train__script="nothing.py"), "--cpu")
+    first, one, other, begins = result.output.splitlines()[:4]
+    assert first.startswith("train: " + whole[0].partition(":")[0])
+    a, *sub = (record.tokens * 0.9 for record in records)
+    assert first.endswith(f": 4.1k in all, {1024 / a:.3g} to {3072 / sum(sub):.3g} epochs")
+    assert one.startswith(f"train:   {text_folder}/*.jsonl: 40 documents, ")
+    assert one.endswith(f", 25.0% of what is trained on, {1024 / a:.3g} epochs")
+    assert other.endswith(f", 75.0% of what is trained on, {3072 / sum(sub):.3g} epochs")
+    assert begins.startswith("train: from ")
+
+
+def test_what_a_run_trains_on_is_a_value_that_tells_other_data(make_run: RunFileMaker) -> None:
+    run = load_run(make_run())
+    value = json.loads(json.dumps(trained_on(run, RECORDS)))
+    assert {key: value[key] for key in ("files", "documents", "tokens", "split", "mix")} == {
+        "files": 3,
+        "documents": 7,
+        "tokens": 5000,
+        "split": "90,10,0",
+        "mix": "tokens",
+    }
+    assert other_data(value, trained_on(run, [*RECORDS, record("/d/ja/empty.jsonl", 0, 0)])) == ""
+    more = trained_on(run, [*RECORDS, record("/d/ja/d.jsonl", 1, 10_000)])
+    assert other_data(value, more) == "3 → 4 files, 7 → 8 documents, 5,000 → 15,000 tokens"
+    split = trained_on(run.model_copy(update={"data": run.data.model_copy(update={"split": "99,1,0"})}), RECORDS)
+    assert other_data(value, split) == 'data.split "90,10,0" → "99,1,0"'
+    tables = trained_on(load_run(make_run(data__mix=TABLES)), RECORDS)
+    assert other_data(value, tables) == 'data.mix "tokens" → {"/d/en/*": 3.0, "/d/ja/*": 1.0}'
+    thrice = [{**table, "weight": table["weight"] * 3} for table in TABLES]
+    assert other_data(tables, trained_on(load_run(make_run(data__mix=thrice)), RECORDS)) == ""
+    edited = trained_on(run, [replace(RECORDS[0], sha256="another"), *RECORDS[1:]])
+    assert other_data(value, edited) == "other files, or other text in them, with the same counts"
