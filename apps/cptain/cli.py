@@ -234,7 +234,10 @@ def train(
     if dry_run:
         from cptain.training.prepare import prepare
 
-        click.echo(prepare(loaded, cpu, nproc_per_node, True, accept).shown())
+        command = prepare(loaded, cpu, nproc_per_node, True, accept)
+        for line in command.lines:
+            click.echo(f"train: {line}", err=True)
+        click.echo(command.shown())
         return
     from cptain.training.launch import train as start
 

@@ -13,7 +13,7 @@ from cptain.model import arguments
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
 from cptain.training.megatron_args import Row, check_megatron_args
-from cptain.training.memory import choose_recompute
+from cptain.training.memory import Recompute
 
 Flags = list[tuple[str, ...]]
 
@@ -115,7 +115,7 @@ _PRECISION: dict[str, list[Row]] = {
         ("", "--fp8-recipe", "tensorwise"),
     ],
 }
-_RECOMPUTE: dict[str, list[Row]] = {
+_RECOMPUTE: dict[Recompute, list[Row]] = {
     "none": [],
     "selective": [("train.recompute", "--recompute-granularity", "selective")],
     "full": [
@@ -185,7 +185,7 @@ def megatron_flags(
     steps: int,
     resume: bool,
     same_layout: bool,
-    gpu_bytes: int | None,
+    recompute: Recompute | None,
 ) -> Flags:
     """Everything that Megatron needs to know, as flags with their values; those of train.megatron_args follow.
 
@@ -198,7 +198,7 @@ def megatron_flags(
         steps: optimizer steps in all.
         resume: whether <run>/checkpoints is continued, or the converted checkpoint begun with.
         same_layout: whether what is continued was saved with the run's tensor and pipeline parallel sizes.
-        gpu_bytes: memory of a GPU; None on the CPU.
+        recompute: what is recomputed in the backward pass; None trains on the CPU.
 
     Raises:
         CptainError: what Megatron cannot represent; what train.megatron_args may not hold.
@@ -207,10 +207,10 @@ def megatron_flags(
     rows += _run_rows(run, tokenizer_folder, data_args, steps)
     rows += _load_rows(run, resume, same_layout)
     rows += _PRECISION[run.train.precision]
-    if gpu_bytes is None:
+    if recompute is None:
         rows += _cpu_rows()
     else:
         rows += _gpu_rows(run, script)
-        rows += _RECOMPUTE[choose_recompute(run, architecture, gpu_bytes)]
+        rows += _RECOMPUTE[recompute]
     check_megatron_args(run, rows)
     return [row[1:] for row in rows]

@@ -21,6 +21,7 @@ from cptain.model.architecture import model_folder, read_architecture
 from cptain.run_file import RunFile, changed_keys
 from cptain.training.changes import check_changes
 from cptain.training.flags import check_parallel, megatron_flags
+from cptain.training.memory import Recompute, choose_recompute
 from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
 from cptain.training.start import beginning
 
@@ -178,6 +179,11 @@ def prepare(
     script = run.train.script or Path(__file__).with_name("pretrain.py")
     if not script.is_file():
         bad_usage(f"train.script = {script}: no such file")
+    recompute: Recompute | None = None
+    if gpu_bytes:
+        data_parallel = in_all // run.parallel.model_size
+        recompute, why = choose_recompute(run, architecture, gpu_bytes, data_parallel)
+        lines += why
     flags = megatron_flags(
         run,
         architecture,
@@ -187,7 +193,7 @@ def prepare(
         steps=steps,
         resume=begins.iteration is not None,
         same_layout=begins.same_layout,
-        gpu_bytes=gpu_bytes,
+        recompute=recompute,
     )
     flags = [*([("--cpu",)] if cpu else []), *flags, *_until_deadline()]
     flags += [(argument,) for argument in run.train.megatron_args]
