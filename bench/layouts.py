@@ -125,8 +125,11 @@ class Bench:
         run = self.folder / chain.name
         step, saving = dice.randint(1, self.options.steps - 2), self.stretch * dice.randint(2, len(self.layouts) - 1)
 
+        there: list[int] = []
+
         def kill_rank(process: int, when: str) -> str:
-            if not (there := ranks(process)):
+            there[:] = there or ranks(process)
+            if not there:
                 return ""
             number = dice.randrange(len(there))
             os.kill(there[number], signal.SIGKILL)
@@ -134,6 +137,8 @@ class Bench:
 
         def while_saving(process: int) -> str:
             folder = run / "checkpoints" / f"iter_{saving:07d}"
+            if not there and folder.with_name(f"iter_{self.stretch:07d}").is_dir():
+                there.extend(ranks(process))  # now: a small checkpoint is written sooner than they are found
             if not folder.is_dir() or (folder / "metadata.json").exists() or not any(folder.iterdir()):
                 return ""
             return kill_rank(process, f"while step {saving} was saved")

@@ -168,8 +168,8 @@ class Bench:
     def memory_flags(self, tree: str) -> list[str]:
         """--log-memory-interval, which 0.19 has and the fork has not."""
         arguments = Path(self.trees.get(tree, "")) / "megatron" / "training" / "arguments.py"
-        known = tree == INSTALLED or "log_memory_interval" in arguments.read_text()
-        return [] if self.options.cpu or not known else ["--log-memory-interval", "4"]
+        known = tree not in self.trees or "log_memory_interval" in arguments.read_text()
+        return ["--log-memory-interval", "4"] if known else []
 
     def measure(self, row: str, gpu: str) -> dict[str, Any]:
         """Train one row; gives what it measured, or why it did not."""
