@@ -9,7 +9,7 @@
 # To change it, change the run file or the site and render again. For another run file: qsub -v RUN=FILE,IMAGE=FILE preprocess.sh
 set -u
 cd "${PBS_O_WORKDIR:-.}" || exit 1  # PBS starts jobs in $HOME
-RUN=${RUN:-runs/swallow-8b.toml}
+RUN=${RUN:-jobs/run.toml}
 IMAGE=${IMAGE:-/gs/bs/tga-okazaki/ma/cptain.sif}
 fail() { echo "preprocess.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN

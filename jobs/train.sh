@@ -9,7 +9,7 @@
 set -u
 deadline=$(($(date +%s) + 129000))  # 36:00:00 less 00:10:00 to save
 cd "${PBS_O_WORKDIR:-.}" || exit 1  # PBS starts jobs in $HOME
-RUN=${RUN:-runs/swallow-8b.toml}
+RUN=${RUN:-jobs/run.toml}
 IMAGE=${IMAGE:-/gs/bs/tga-okazaki/ma/cptain.sif}
 fail() { echo "train.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN

@@ -78,9 +78,9 @@ def test_the_scripts_in_jobs_are_what_the_templates_make_of_the_lab_s_run_file(t
     command = [sys.executable, "-m", "cptain", "jobs", "runs/swallow-8b.toml", "--site", "pbs", "--out", "jobs"]
     shutil.copytree(PROJECT / "runs", tmp_path / "runs")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    for script in SCRIPTS:
-        assert (tmp_path / "jobs" / script).read_text() == (PROJECT / "jobs" / script).read_text(), (
-            f"{script} is not what the templates give: cptain jobs runs/swallow-8b.toml --site pbs --out jobs"
+    for name in [*SCRIPTS, "run.toml"]:
+        assert (tmp_path / "jobs" / name).read_text() == (PROJECT / "jobs" / name).read_text(), (
+            f"{name} is not what the templates give: cptain jobs runs/swallow-8b.toml --site pbs --out jobs"
         )
 
 

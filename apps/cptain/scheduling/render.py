@@ -268,7 +268,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         run: the run file, as loaded.
         file: where it was read.
         site_name: a name under jobs/sites or a file's path; default: jobs.site.
-        out: where the scripts go; default: the run's jobs folder. With it they name the run file as it was typed.
+        out: where the scripts go, and their copy of the run file; default: the run's jobs folder.
         typed: the arguments of `cptain jobs`, for the scripts' first lines.
 
     Raises:
@@ -288,13 +288,15 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     texts = []
     for one in runs:
         folder = (out / one.name if run.sweep else out) if out else one.folder / "jobs"
-        frozen = folder / "run.toml" if run.sweep or not out else None
+        frozen = folder / "run.toml"
+        if frozen.resolve() == file.resolve():
+            bad_usage(f"{file}: the jobs' copy of the run file would take its place: name another folder with --out")
         rendered = _Rendered(one, folder, None if out else one.logs_folder, chain_length(one))
-        texts.append((rendered, frozen, _scripts(one, site, str(frozen or file), rendered_by, templates)))
+        texts.append((rendered, frozen, _scripts(one, site, str(frozen), rendered_by, templates)))
     submit_folder = out or run.folder / "jobs"
     written = []
     for rendered, frozen, scripts in texts:
-        changes = _freeze(rendered.run, frozen) if frozen else []
+        changes = _freeze(rendered.run, frozen)
         for script, text in scripts.items():
             _write_script(rendered.folder / script, text)
         if rendered.logs:
