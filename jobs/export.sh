@@ -14,6 +14,7 @@ fail() { echo "export.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
+environment=${RUN%/*}/environment  # submit.sh's, of the user's variables
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do
@@ -23,6 +24,8 @@ for folder in /*; do
   esac
 done
 settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
-env "${settings[@]}" "$apptainer" run --app export "$IMAGE" "$RUN" --iteration final
+# shellcheck disable=SC2016
+with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
+env "${settings[@]}" "${with[@]}" "$apptainer" run --app export "$IMAGE" "$RUN" --iteration final
 status=$?
 case $status in 0 | 2 | 75) exit $status ;; *) exit 1 ;; esac  # 75: work remains, and the next job continues

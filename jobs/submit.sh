@@ -30,16 +30,28 @@ if [ -z "$dry_run" ]; then
   rm -f "$submitted"
   trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: $(xargs -a "$submitted" 2> /dev/null)" >&2' EXIT
 fi
-declare -A ids=()
+declare -A ids=() kept=()
+
+keep() {  # FOLDER: the user's variables, for the jobs whose scripts are there; -v would be shown by qstat -f
+  local name
+  [ -z "${kept[$1]-}" ] || return 0
+  kept[$1]=1
+  rm -f "$1/environment"
+  (umask 077 && for name in $(compgen -e); do case $name in
+    WANDB_* | HF_HUB_* | HF_ENDPOINT | NCCL_* | CPTAIN_ACCEPT | http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) printf 'export %s=%q\n' "$name" "${!name}" ;;
+  esac; done > "$1/environment")
+}
 
 submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once those have ended
   local name=$1 link=$2 folder=$3 script=$4 after='' variables command id
   [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
   shift 4
   for id; do after+=${ids[$id]:+:${ids[$id]}}; done
-  variables=LINK=$link${HF_TOKEN:+,HF_TOKEN}${WANDB_API_KEY:+,WANDB_API_KEY}  # these two by name alone
+  variables=$(sed -n 's/^#PBS -v /,/p' "$script")  # whose place -v would take
+  variables=LINK=$link$variables${HF_TOKEN:+,HF_TOKEN}${WANDB_API_KEY:+,WANDB_API_KEY}  # these two by name alone
   command=(qsub -v "$variables" ${after:+-W "depend=afterany$after"} "$script")
   if [ "$dry_run" ]; then ids[$name]=ID-of-$name; printf '%q ' "${command[@]}"; echo; return; fi
+  keep "$(dirname "$script")"
   id=$(cd "$folder" && "${command[@]}")
   ids[$name]=$id
   echo "$name ${ids[$name]}" | tee -a "$submitted"

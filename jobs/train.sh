@@ -2,12 +2,12 @@
 #PBS -N train-swallow-8b-exp1
 #PBS -P tga-okazaki
 #PBS -l select=4:mpiprocs=8
-#PBS -l walltime=36:00:00
+#PBS -l walltime=24:00:00
 #PBS -j oe
 # train of swallow-8b-exp1. Rendered by cptain jobs runs/swallow-8b.toml --site pbs --out jobs (cptain 0.1.0, site pbs)
 # To change it, change the run file or the site and render again. For another run file: qsub -v RUN=FILE,IMAGE=FILE train.sh
 set -u
-deadline=$(($(date +%s) + 129000))  # 36:00:00 less 00:10:00 to save
+deadline=$(($(date +%s) + 85800))  # 24:00:00 less 00:10:00 to save
 cd "${PBS_O_WORKDIR:-.}" || exit 1  # PBS starts jobs in $HOME
 RUN=${RUN:-jobs/run.toml}
 IMAGE=${IMAGE:-/gs/bs/tga-okazaki/ma/cptain.sif}
@@ -15,6 +15,7 @@ fail() { echo "train.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
+environment=${RUN%/*}/environment  # submit.sh's, of the user's variables
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do
@@ -24,8 +25,10 @@ for folder in /*; do
   esac
 done
 settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
+# shellcheck disable=SC2016
+with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 settings+=("CPTAIN_LINK=${LINK:-1}" "CPTAIN_DEADLINE=$deadline")
-node=("$apptainer" run --nv --app train "$IMAGE" "$RUN")
+node=("${with[@]}" "$apptainer" run --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
 trap 'rm -f "$hosts" "$hosts.mpi"' EXIT
 cp "$PBS_NODEFILE" "$hosts" || fail "$hosts: cannot be written"

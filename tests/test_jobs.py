@@ -67,7 +67,7 @@ def test_every_site_renders_scripts_that_are_short_and_pass_shellcheck(site: str
     assert [script.name for script in scripts] == SCRIPTS
     for script in scripts:
         lines = script.read_text().splitlines()
-        assert len(lines) < 60, script
+        assert len(lines) < (100 if script.name == "submit.sh" else 60), script
         assert os.access(script, os.X_OK)
         assert any(f"Rendered by cptain jobs {file}" in line for line in lines)
         subprocess.run(["bash", "-n", script], check=True)

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 from conftest import RunFileMaker, cptain
+from cptain.run_file import load_run
 
 APPTAINER = f"""#!/bin/bash
 while [ "$1" != --app ]; do shift; done
@@ -23,6 +26,71 @@ def programs(folder: Path, **scripts: str) -> dict[str, str]:
         (folder / name).write_text(script)
         (folder / name).chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+# OpenPBS's qsub, as far as its rules were seen on a real one: a job gets no variable of the shell but those of -v, and
+# -v takes the place of the script's own. The job runs at once, in $HOME.
+QSUB = """#!/bin/bash
+script=${@: -1} given=() number=$(($(cat "$KEPT/number" 2> /dev/null || echo 0) + 1))
+echo $number > "$KEPT/number"
+printf '%q ' "$@" >> "$KEPT/qsub"
+echo >> "$KEPT/qsub"
+while [ "$1" != -v ]; do shift; done
+for word in ${2//,/ }; do case $word in *=*) given+=("$word") ;; *) given+=("$word=${!word}") ;; esac; done
+printf 'node0\\nnode0\\nnode1\\nnode1\\n' > "$KEPT/nodefile"
+env -i PATH="$PATH" HOME="$KEPT" HOSTNAME=node0 KEPT="$KEPT" PBS_JOBID=$number.pbs0 PBS_O_WORKDIR="$PWD" \\
+  PBS_NODEFILE="$KEPT/nodefile" PBS_ARRAY_INDEX=1 "${given[@]}" bash "$script" >> "$KEPT/output" 2>&1
+echo $number.pbs0
+"""
+TMRSH = """#!/bin/bash
+shift
+exec env -i PATH="$PATH" KEPT="$KEPT" "$@"
+"""
+KEEPS_ENVIRONMENT = """#!/bin/bash
+while [ "$1" != --app ]; do shift; done
+env -0 > "$KEPT/$2${CPTAIN_LINK-}.${CPTAIN_NODE-}"
+"""
+
+
+class Submission:
+    """submit.sh, called where a stand-in plays PBS and another the image."""
+
+    def __init__(self, submit: Path, folder: Path, apptainer: str = KEEPS_ENVIRONMENT) -> None:
+        stand_ins = {"qsub": QSUB, "qstat": '#!/bin/bash\n[ "$#" = 0 ]\n', "pbs_tmrsh": TMRSH, "apptainer": apptainer}
+        self.submit, self.folder = submit, folder
+        self.programs = {**programs(folder / "bin", **stand_ins), "KEPT": str(folder)}
+
+    def __call__(self, *stages: str, **variables: str) -> str:
+        """Submit; what the jobs said."""
+        command = ["bash", self.submit, *stages]
+        done = subprocess.run(command, env=self.programs | variables, capture_output=True, text=True, cwd=self.folder)
+        assert done.returncode == 0, done.stderr
+        return (self.folder / "output").read_text()
+
+    def qsub(self) -> list[str]:
+        """The arguments of each qsub."""
+        return (self.folder / "qsub").read_text().splitlines()
+
+    def environment(self, job: str) -> dict[str, str]:
+        """What a container of a job had in its environment: "train1.0" is the first train job's on its first node."""
+        return dict(line.split("=", 1) for line in (self.folder / job).read_text().rstrip("\0").split("\0"))
+
+
+@pytest.fixture
+def make_submission(make_run: RunFileMaker, tmp_path: Path) -> Callable[..., Submission]:
+    """Renders the jobs of a run of two nodes for a PBS site with these keys; __ for dots changes keys of the run."""
+
+    def make(apptainer: str = KEEPS_ENVIRONMENT, site: dict[str, Any] | None = None, **changes: Any) -> Submission:
+        image = tmp_path / "cptain.sif"
+        image.touch()
+        file = write_site(tmp_path / "here.toml", **{"launcher": "pbs_tmrsh", "train": ["-q gpu"], **(site or {})})
+        jobs = {"image": str(image), "nodes": 2, "walltime": "01:00:00", "shards": 2, "chain": 1}
+        run = make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | changes)
+        result = cptain("jobs", run, "--site", file)
+        assert result.exit_code == 0, result.output
+        return Submission(Path(result.stdout.strip()), tmp_path, apptainer)
+
+    return make
 
 
 def write_site(file: Path, **keys: Any) -> Path:
@@ -58,3 +126,84 @@ def test_a_copy_never_takes_the_place_of_the_run_file(make_run: RunFileMaker) ->
         f"cptain: {file}: the jobs' copy of the run file would take its place: name another folder with --out\n"
     )
     assert file.read_text() == before
+
+
+# Variables
+
+
+def test_a_site_s_own_variables_are_joined_with_those_of_submit(make_submission: Callable[..., Submission]) -> None:
+    site = {"train": ["-q gpu", "-v USE_SSH=1", "-v A=2"], "cpu": ["-v A=3"]}
+    submission = make_submission(site=site)
+    submission("convert", "train")
+    assert [line.split()[:2] for line in submission.qsub()] == [
+        ["-v", "LINK=1\\,A=3"],
+        ["-v", "LINK=1\\,USE_SSH=1\\,A=2"],
+    ]
+    script = (submission.submit.parent / "train.sh").read_text()
+    assert script.count("#PBS -v ") == 1  # of two, PBS takes the last
+
+
+def test_variables_of_the_user_reach_every_container_as_they_are(make_submission: Callable[..., Submission]) -> None:
+    submission = make_submission(jobs__environment=["MY_*", "ONE"])
+    odd = {
+        "WANDB_MODE": "offline",
+        "NCCL_DEBUG": "INFO",
+        "https_proxy": "http://u:p@host:1/?a,b",
+        "CPTAIN_ACCEPT": "data",
+    }
+    odd |= {"MY_OWN": "$(touch pwned) 'a' \"b\", 日本\n語", "ONE": "1"}
+    assert submission(**odd, TWO="2", ONE_MORE="3") == ""
+    for job in ("preprocess.", "convert.", "train1.0", "train1.1", "export."):
+        assert odd.items() <= submission.environment(job).items()
+        assert not {"TWO", "ONE_MORE"} & submission.environment(job).keys()
+    assert not any("offline" in line for line in submission.qsub())  # qstat -f would show it to every user
+    file = submission.submit.parent / "environment"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert not list(submission.folder.rglob("pwned"))
+
+
+def test_where_nodes_have_no_way_out_offline_is_the_default_and_said(
+    make_submission: Callable[..., Submission], make_run: RunFileMaker, tmp_path: Path
+) -> None:
+    submission = make_submission(site={"offline": True})
+    submission("convert", WANDB_MODE="disabled")
+    environment = submission.environment("convert.")
+    assert (environment["HF_HUB_OFFLINE"], environment["WANDB_MODE"]) == ("1", "disabled")
+    file = make_run(jobs__image="/x.sif", jobs__walltime="01:00:00", wandb__project="p")
+    said = cptain("jobs", file, "--site", tmp_path / "here.toml").output
+    assert (
+        "jobs: site here has no way out: the hub and Weights & Biases are offline in its jobs (wandb sync sends" in said
+    )
+
+
+# Reservations
+
+
+def test_reserved_nodes_are_asked_for_as_the_site_says(make_run: RunFileMaker) -> None:
+    jobs = {
+        "site": "tsubame4",
+        "image": "/x.sif",
+        "group": "g",
+        "nodes": 2,
+        "walltime": "48:00:00",
+        "reservation": "R123",
+    }
+    file = make_run(**{f"jobs__{key}": value for key, value in jobs.items()})
+    folder = load_run(file).folder / "jobs"
+    assert cptain("jobs", file, "--site", "abci3").exit_code == 0
+    train = (folder / "train.sh").read_text()
+    assert "#PBS -q R123\n" in train
+    assert "#PBS -v RTYPE=rt_HF\n" in train
+    assert "#PBS -q rt_HF" not in train
+    assert "#PBS -q rt_HC" in (folder / "convert.sh").read_text()
+    command = ["bash", folder / "submit.sh", "--dry-run", "train"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "-v LINK=1\\,RTYPE=rt_HF" in shown
+    assert cptain("jobs", file, "--site", "tsubame4").exit_code == 0
+    assert "#$ -ar R123\n" in (folder / "train.sh").read_text()
+    none = cptain("jobs", file, "--site", "pbs")
+    assert none.output == "cptain: jobs.reservation = R123: site pbs does not say how one is used ([reservation])\n"
+    unreserved = cptain("jobs", make_run(**{f"jobs__{key}": jobs[key] for key in jobs if key != "reservation"}))
+    assert unreserved.output == (
+        "cptain: jobs.walltime = 48:00:00: site tsubame4 allows at most 24:00:00 without jobs.reservation\n"
+    )

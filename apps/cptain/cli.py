@@ -325,6 +325,8 @@ def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | No
     typed = [str(run), *(word for override in overrides for word in ("--set", override))]
     typed += [*(["--site", site] if site else []), *(["--out", str(out)] if out else [])]
     rendering = render(load_run(run, overrides), run, site, out, shlex.join(typed))
+    for line in rendering.lines:
+        click.echo(f"jobs: {line}", err=True)
     for name, folder, chain, changes in rendering.runs:
         click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
         for change in changes:

@@ -84,6 +84,8 @@ def _known_mix(value: Any) -> Any:
     return value
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*\*?$")]
+"""A variable of the environment; a * at the end is any ending."""
 AbsolutePath = Annotated[Path, BeforeValidator(_expand_path)]
 Glob = Annotated[str, BeforeValidator(_expand_path)]
 FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
@@ -208,6 +210,8 @@ class Jobs(Section):
 
     site: a name under jobs/sites, or the path of a site file of your own.
     group: whose account is charged.
+    reservation: the id of reserved nodes for the train jobs.
+    environment: variables of the shell that submits which the jobs get, besides the site's user_environment.
     nodes: of the train jobs.
     walltime: of a train job, HH:MM:SS.
     margin: how long before the walltime training stops, to save, HH:MM:SS.
@@ -219,6 +223,8 @@ class Jobs(Section):
 
     site: Annotated[str, BeforeValidator(_expand_site)] | None = None
     group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    reservation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    environment: list[VariableName] = Field(default_factory=list)
     nodes: PositiveInt = 1
     walltime: Duration | None = None
     margin: Duration = "00:10:00"

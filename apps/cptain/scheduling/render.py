@@ -92,7 +92,17 @@ def _environment(site: Site) -> list[str]:
         settings.setdefault("XDG_CACHE_HOME", site.cache)
     if here := commit():  # rendered inside an image: its jobs expect the same
         settings.setdefault("CPTAIN_EXPECT_COMMIT", here)
-    return [f"{name}={_in_double_quotes(value)}" for name, value in settings.items()]
+    lines = [f"{name}={_in_double_quotes(value)}" for name, value in settings.items()]
+    if site.offline:
+        lines += ['"HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}"', '"WANDB_MODE=${WANDB_MODE:-offline}"']
+    return lines
+
+
+def _one_variable_list(directives: list[str]) -> list[str]:
+    """Directives with their "-v A=1" joined into one: of several, PBS takes the last."""
+    variables = [line.removeprefix("-v ").strip() for line in directives if line.startswith("-v ")]
+    others = [line for line in directives if not line.startswith("-v ")]
+    return [*others, *([f"-v {','.join(variables)}"] if variables else [])]
 
 
 def _earlier_seconds_per_step(run: RunFile) -> float | None:
@@ -136,7 +146,7 @@ def chain_length(run: RunFile) -> int:
 def _check(run: RunFile, site: Site, name: str) -> None:
     """Refuse what the site or the scheduler would."""
     jobs = run.jobs
-    site.check(name, jobs.nodes, jobs.walltime, jobs.group)
+    site.check(name, jobs)
     if jobs.walltime and seconds(jobs.margin) >= seconds(jobs.walltime):
         bad_usage(f"jobs.walltime = {jobs.walltime}: nothing is left of it after jobs.margin = {jobs.margin}")
     for key, value in (("name", run.name), ("work_dir", run.work_dir), ("jobs.image", jobs.image)):
@@ -158,6 +168,15 @@ def _image(run: RunFile) -> str:
     return str(image)
 
 
+def _warnings(site: Site, name: str) -> list[str]:
+    """What no job says before it is too late."""
+    lines = []
+    if site.offline:
+        where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
+        lines.append(f"site {name} has no way out: {where}")
+    return lines
+
+
 def _shortest(*durations: str | None) -> str:
     return min((duration for duration in durations if duration), key=seconds)
 
@@ -176,7 +195,7 @@ def _scripts(
             "export": " --iteration final",
         }
         walltime = jobs.walltime if train else _shortest(site.cpu_walltime, site.max_walltime)
-        directives = [line.replace("{nodes}", str(jobs.nodes)) for line in (site.train if train else site.cpu)]
+        directives = site.train_directives(jobs.nodes, jobs.reservation) if train else site.cpu
         scripts[f"{stage}.sh"] = templates.get_template("stage.sh.j2").render(
             stage=stage,
             name=run.name,
@@ -186,7 +205,7 @@ def _scripts(
             scheduler=site.scheduler,
             launcher=site.launcher,
             group=jobs.group,
-            directives=directives,
+            directives=_one_variable_list(directives),
             walltime=walltime,
             tasks=jobs.shards if array and stage == "preprocess" else None,
             deadline=seconds(walltime) - seconds(jobs.margin) if train and walltime else None,
@@ -254,10 +273,12 @@ class Rendering:
 
     Attributes:
         submit: the script that submits all jobs.
+        lines: what the user should know before submitting.
         runs: for each its name, its folder of scripts, how many train jobs it has, and what changed in its run file.
     """
 
     submit: Path
+    lines: list[str]
     runs: list[tuple[str, Path, int, list[str]]]
 
 
@@ -310,7 +331,10 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         image=_image(run),
         delete=_DELETE[site.scheduler],
         apptainer=site.apptainer,
+        user_environment=list(
+            dict.fromkeys([*site.user_environment, *(name for one in runs for name in one.jobs.environment)])
+        ),
         submissions=_submissions([rendered for rendered, _, _ in texts], submit_folder),
     )
     _write_script(submit_folder / "submit.sh", submit)
-    return Rendering(submit_folder / "submit.sh", written)
+    return Rendering(submit_folder / "submit.sh", _warnings(site, site_file.stem), written)
