@@ -14,7 +14,8 @@ fail() { echo "export.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
-environment=${RUN%/*}/environment  # submit.sh's, of the user's variables
+environment=${RUN%/*}/environment  # submit.sh's: the user's variables and tokens, for this user alone
+[ -z "${LAST-}" ] || trap 'rm -f "$environment"' EXIT
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do

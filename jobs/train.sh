@@ -15,7 +15,8 @@ fail() { echo "train.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
-environment=${RUN%/*}/environment  # submit.sh's, of the user's variables
+environment=${RUN%/*}/environment  # submit.sh's: the user's variables and tokens, for this user alone
+[ -z "${LAST-}" ] || trap 'rm -f "$environment"' EXIT
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do
@@ -30,7 +31,7 @@ with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 settings+=("CPTAIN_LINK=${LINK:-1}" "CPTAIN_DEADLINE=$deadline")
 node=("${with[@]}" "$apptainer" run --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
-trap 'rm -f "$hosts" "$hosts.mpi"' EXIT
+trap 'rm -f "$hosts" "$hosts.mpi" ${LAST:+"$environment"}' EXIT
 cp "$PBS_NODEFILE" "$hosts" || fail "$hosts: cannot be written"
 settings+=("PBS_NODEFILE=$hosts" "PBS_JOBID=$PBS_JOBID")
 mapfile -t names < <(awk '!seen[$1]++ { print $1 }' "$hosts")

@@ -43,6 +43,7 @@ env -i PATH="$PATH" HOME="$KEPT" HOSTNAME=node0 KEPT="$KEPT" PBS_JOBID=$number.p
 echo $number.pbs0
 """
 TMRSH = """#!/bin/bash
+printf '%s\\n' "$@" >> "$KEPT/commands"
 shift
 exec env -i PATH="$PATH" KEPT="$KEPT" "$@"
 """
@@ -137,7 +138,7 @@ def test_a_site_s_own_variables_are_joined_with_those_of_submit(make_submission:
     submission("convert", "train")
     assert [line.split()[:2] for line in submission.qsub()] == [
         ["-v", "LINK=1\\,A=3"],
-        ["-v", "LINK=1\\,USE_SSH=1\\,A=2"],
+        ["-v", "LINK=1\\,LAST=1\\,USE_SSH=1\\,A=2"],
     ]
     script = (submission.submit.parent / "train.sh").read_text()
     assert script.count("#PBS -v ") == 1  # of two, PBS takes the last
@@ -157,9 +158,33 @@ def test_variables_of_the_user_reach_every_container_as_they_are(make_submission
         assert odd.items() <= submission.environment(job).items()
         assert not {"TWO", "ONE_MORE"} & submission.environment(job).keys()
     assert not any("offline" in line for line in submission.qsub())  # qstat -f would show it to every user
-    file = submission.submit.parent / "environment"
-    assert file.stat().st_mode & 0o777 == 0o600
     assert not list(submission.folder.rglob("pwned"))
+
+
+KEEPS_MODES = KEEPS_ENVIRONMENT + 'stat -c "%a" "${4%/*}/environment" >> "$KEPT/modes"\n'
+
+
+def test_tokens_reach_the_jobs_by_a_file_of_their_owner_s_that_the_last_job_removes(
+    make_submission: Callable[..., Submission],
+) -> None:
+    submission = make_submission(KEEPS_MODES, site={"user_environment": []}, jobs__chain=2)
+    tokens = {"HF_TOKEN": "hf_very_secret", "WANDB_API_KEY": "wandb_very_secret"}
+    kept = submission.submit.parent / "environment"
+    kept.write_text("of the last time")
+    kept.chmod(0o644)
+    submission("preprocess", "convert", **tokens)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    submission("train", **tokens)
+    assert not kept.exists()
+    submission(**tokens)
+    assert not kept.exists()
+    assert set((submission.folder / "modes").read_text().split()) == {"600"}
+    for job in ("preprocess.", "convert.", "train1.0", "train1.1", "train2.0", "train2.1", "export."):
+        assert tokens.items() <= submission.environment(job).items()
+        (submission.folder / job).unlink()
+    for file in submission.folder.rglob("*"):  # the arguments of qsub and pbs_tmrsh, and all output, among them
+        assert not file.is_file() or b"very_secret" not in file.read_bytes(), file
+    assert not any("TOKEN" in line for line in submission.qsub())
 
 
 def test_where_nodes_have_no_way_out_offline_is_the_default_and_said(
