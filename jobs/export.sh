@@ -24,9 +24,10 @@ for folder in /*; do
     *) [ ! -r "$folder" ] || binds+=,$folder ;;
   esac
 done
-settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
+run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
+settings=()
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
-env "${settings[@]}" "${with[@]}" "$apptainer" run --app export "$IMAGE" "$RUN" --iteration final
+env "${settings[@]}" "${with[@]}" "${run[@]}" --app export "$IMAGE" "$RUN" --iteration final
 status=$?
 case $status in 0 | 2 | 75) exit $status ;; *) exit 1 ;; esac  # 75: work remains, and the next job continues

@@ -25,11 +25,12 @@ for folder in /*; do
     *) [ ! -r "$folder" ] || binds+=,$folder ;;
   esac
 done
-settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
+run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
+settings=()
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 settings+=("CPTAIN_LINK=${LINK:-1}" "CPTAIN_DEADLINE=$deadline")
-node=("${with[@]}" "$apptainer" run --nv --app train "$IMAGE" "$RUN")
+node=("${with[@]}" "${run[@]}" --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
 trap 'rm -f "$hosts" "$hosts.mpi" ${LAST:+"$environment"}' EXIT
 cp "$PBS_NODEFILE" "$hosts" || fail "$hosts: cannot be written"

@@ -162,7 +162,7 @@ def _check(run: RunFile, site: Site, name: str) -> None:
 
 def _image(run: RunFile) -> str:
     """The image's path on the host."""
-    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER")
+    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:
         bad_usage('jobs.image: is missing: allowed: the path of the image, such as "/shared/cptain.sif"')
     return str(image)
