@@ -2,6 +2,7 @@
 #PBS -N train-swallow-8b-exp1
 #PBS -P tga-okazaki
 #PBS -l select=4:mpiprocs=8
+#PBS -l place=scatter
 #PBS -l walltime=24:00:00
 #PBS -j oe
 # train of swallow-8b-exp1. Rendered by cptain jobs runs/swallow-8b.toml --site pbs --out jobs (cptain 0.1.0, site pbs)
@@ -29,7 +30,7 @@ run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which Singula
 settings=()
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
-settings+=("CPTAIN_LINK=${LINK:-1}" "CPTAIN_DEADLINE=$deadline")
+settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=4 CPTAIN_GPUS=8 "CPTAIN_DEADLINE=$deadline")
 node=("${with[@]}" "${run[@]}" --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
 trap 'rm -f "$hosts" "$hosts.mpi" ${LAST:+"$environment"}' EXIT

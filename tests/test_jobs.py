@@ -436,6 +436,8 @@ def test_the_lab_s_six_experiments_differ_only_where_they_should(tmp_path: Path)
         "#$ -l h_rt=01:40:00",
         "#$ -l node_f=16",
         "deadline=$(($(date +%s) + 5400))",
+        'settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=16 CPTAIN_GPUS=4 "CPTAIN_DEADLINE=$deadline" '
+        "CPTAIN_CORES_PER_GPU=48)",
     ]
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import tomli_w
 from conftest import RunFileMaker, cptain
+from cptain.errors import CptainError
 from cptain.run_file import load_run
+from cptain.training.nodes import check_as_asked
 
 APPTAINER = f"""#!/bin/bash
 while [ "$1" != --app ]; do shift; done
@@ -232,3 +234,34 @@ def test_reserved_nodes_are_asked_for_as_the_site_says(make_run: RunFileMaker) -
     assert unreserved.output == (
         "cptain: jobs.walltime = 48:00:00: site tsubame4 allows at most 24:00:00 without jobs.reservation\n"
     )
+
+
+# Nodes and GPUs as asked
+
+
+def test_nodes_that_the_scheduler_packed_on_one_host_are_refused(
+    make_ready_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("pbs0\n" * 16)
+    file = make_ready_run()
+    monkeypatch.setenv("PBS_NODEFILE", str(hosts))
+    monkeypatch.setenv("CPTAIN_NODES", "4")
+    said = cptain("train", file, "--cpu", "--dry-run")
+    assert said.exit_code == 1
+    assert said.output.startswith("cptain: train: the job asked for 4 nodes, and the scheduler's list has 1 (")
+    monkeypatch.setenv("CPTAIN_NODES", "1")
+    assert cptain("train", file, "--cpu", "--dry-run").exit_code == 0
+
+
+def test_a_node_of_another_number_of_gpus_than_the_site_says_is_refused() -> None:
+    check_as_asked(None, 8, {"CPTAIN_NODES": "1", "CPTAIN_GPUS": "8"})
+    check_as_asked(None, 0, {"CPTAIN_NODES": "1", "CPTAIN_GPUS": "8"})  # a dry run, elsewhere
+    with pytest.raises(CptainError, match=r"the job has 4 GPUs of this node, and the site file says gpus = 8$"):
+        check_as_asked(None, 4, {"CPTAIN_NODES": "1", "CPTAIN_GPUS": "8"})
+
+
+def test_each_kind_of_pbs_gets_nodes_of_their_own(make_run: RunFileMaker) -> None:
+    file = make_run(jobs__nodes=4, jobs__walltime="01:00:00", jobs__image="/x.sif")
+    assert cptain("jobs", file, "--site", "pbs").exit_code == 0
+    assert "#PBS -l place=scatter\n" in (load_run(file).folder / "jobs" / "train.sh").read_text()

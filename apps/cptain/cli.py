@@ -79,6 +79,8 @@ Set by the job scripts:
   CPTAIN_DEADLINE          when training stops and saves, in seconds since 1970
   CPTAIN_LINK              which train job of the chain this is, from 1
   CPTAIN_NODE              which of the job's nodes this is, from 0
+  CPTAIN_NODES             how many nodes the job asked for
+  CPTAIN_GPUS              GPUs of a node, as the site says
   CPTAIN_CORES_PER_GPU     scheduler slots that come with a GPU
 """
 
