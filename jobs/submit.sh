@@ -17,7 +17,10 @@ is_alive() { qstat "$1" > /dev/null 2>&1; }
 if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table of
   [ -s "$submitted" ] || fail "$here: nothing was submitted from here yet"
   mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
-  qstat -x -f -F json -t "${jobs[@]}" 2> /dev/null |
+  qstat > /dev/null || { echo "submit.sh: the scheduler does not answer: nothing is known of the jobs" >&2; exit 69; }
+  for id in "${jobs[@]}"; do  # one by one: OpenPBS's master branch prints the first of several alone
+    qstat -x -f -F json -t "$id" 2> /dev/null || { [ $? != 153 ] || printf '{"purged": "%s"}\n' "$id"; }
+  done |
     (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit
 fi

@@ -729,7 +729,7 @@ def test_jobs_that_stopped_with_work_left_are_told_from_failures() -> None:
         ("1", "stopped", "work is left"),
         ("2", "failed", "exit status 1"),
         ("3", "waiting", "Dependency"),
-        ("4", "failed", "TIMEOUT"),
+        ("4", "timeout", "killed at its walltime: jobs.margin is too short"),
     ]
     with pytest.raises(CptainError, match="cannot be read"):
         read_states("{")

@@ -1,6 +1,8 @@
 """jobs on the sites that there are: what reaches a job, what its scheduler is told, and what is refused before."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import tomli_w
 from conftest import RunFileMaker, cptain
 from cptain.errors import CptainError
 from cptain.run_file import load_run
+from cptain.scheduling.state import read_states
 from cptain.training.nodes import check_as_asked
 
 APPTAINER = f"""#!/bin/bash
@@ -265,3 +268,75 @@ def test_each_kind_of_pbs_gets_nodes_of_their_own(make_run: RunFileMaker) -> Non
     file = make_run(jobs__nodes=4, jobs__walltime="01:00:00", jobs__image="/x.sif")
     assert cptain("jobs", file, "--site", "pbs").exit_code == 0
     assert "#PBS -l place=scatter\n" in (load_run(file).folder / "jobs" / "train.sh").read_text()
+
+
+# States
+
+
+def finished(job: str, status: int, comment: str, **more: Any) -> str:
+    """What qstat of OpenPBS says of a job that has ended; the comments are those of a real one."""
+    return json.dumps({"Jobs": {job: {"job_state": "F", "Exit_status": status, "comment": comment, **more}}})
+
+
+PBS_SAYS = """#!/bin/bash
+[ $# != 0 ] || exit "${SERVER-0}"
+case ${@: -1} in 9.pbs0) echo "qstat: 9.pbs0 Unknown Job Id" >&2; exit 153 ;; *) cat "$KEPT/${@: -1}" ;; esac
+"""
+
+
+def test_every_moment_of_pbs_has_its_own_word(make_submission: Callable[..., Submission]) -> None:
+    submission = make_submission(f'#!/bin/bash\nshift 3\nexec "{sys.executable}" -m cptain "$@"\n')
+    programs(submission.folder / "bin", qstat=PBS_SAYS)
+    command = ["bash", submission.submit, "--state"]
+
+    def state(**environment: str) -> tuple[int, str]:
+        done = subprocess.run(command, env=submission.programs | environment, capture_output=True, text=True)
+        return done.returncode, done.stdout or done.stderr
+
+    assert state() == (1, f"submit.sh: {submission.submit.parent}: nothing was submitted from here yet\n")
+    ran = "Job run at Wed Nov 25 at 17:58 on (pbs0:ncpus=16)"
+    says = {
+        "1[].pbs0": finished("1[1].pbs0", 1, f"{ran} and terminated by me@pbs0", array_id="1[].pbs0"),
+        "2.pbs0": finished("2.pbs0", -29, f"{ran} and exceeded resource walltime"),
+        "3.pbs0": finished("3.pbs0", 75, f"{ran} and failed"),
+    }
+    for job, text in says.items():
+        (submission.folder / job).write_text(text)
+    jobs = {"preprocess": "1[].pbs0", "train.1": "2.pbs0", "train.2": "3.pbs0", "train.3": "9.pbs0"}
+    submitted = "".join(f"{name} {job}\n" for name, job in jobs.items())
+    (submission.submit.parent / "submitted").write_text(submitted)
+    status, table = state()
+    assert status == 0
+    assert [re.split(r" {2,}", line)[::2] for line in table.splitlines()] == [
+        ["preprocess", "deleted"],
+        ["train.1", "timeout"],
+        ["train.2", "stopped"],
+        ["train.3", "purged"],
+    ]
+    down = state(SERVER="255")
+    assert down == (69, "submit.sh: the scheduler does not answer: nothing is known of the jobs\n")
+
+
+def test_jobs_that_slurm_has_forgotten_are_in_its_accounts() -> None:
+    text = "JobID|State|ExitCode|NodeList\n7|TIMEOUT|0:0|n[1-2]\nJobID|State|ExitCode|NodeList\n"
+    text += (
+        "8_1|COMPLETED|0:0|n1\n8_2|FAILED|7:0|n2\nJobID|State|ExitCode|NodeList\n9|CANCELLED by 0|0:0|None assigned\n"
+    )
+    text += "JobId=10 JobState=RUNNING Reason=None ExitCode=0:0 NodeList=n1\n"
+    words = [(state.job, state.word) for state in read_states(text)]
+    assert words == [("7", "timeout"), ("8", "done"), ("8", "failed"), ("9", "never ran"), ("10", "running")]
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "seconds", "word"),
+    [
+        (137, "100 : assumedly after job", 601, "timeout"),
+        (137, "100 : assumedly after job", 20, "deleted"),
+        (137, "37  : qmaster enforced h_rt limit", 600, "timeout"),
+        (0, "0", 600, "done"),
+    ],
+)
+def test_grid_engine_s_walltime_is_told_from_qdel(status: int, failed: str, seconds: int, word: str) -> None:
+    text = f"{'=' * 62}\njobnumber    5\nfailed       {failed}\nexit_status  {status}\nru_wallclock {seconds}s\n"
+    text += "category     -u jobuser -l h_rt=600,node_f=1\n"
+    assert [state.word for state in read_states(text)] == [word]
