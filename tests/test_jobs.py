@@ -35,7 +35,8 @@ def make_jobs_run(make_run: RunFileMaker) -> RunFileMaker:
 
     def make(**changes: Any) -> Path:
         jobs = {"site": "pbs", "group": "group1", "nodes": 2, "walltime": "10:00:00", "image": "/shared/cptain.sif"}
-        return make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | changes)
+        more = {"train__global_batch_size": 64} | changes  # the sites have up to 8 GPUs
+        return make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | more)
 
     return make
 
@@ -464,7 +465,7 @@ def test_a_sweep_that_is_none_is_refused(changes: dict[str, Any], says: str, mak
     [
         {"train.lr": [2.5e-4, 1e-3], "data.key": ["text", "body"]},
         {"name, train.lr, train.min_lr": [["true", 1e-3, 1e-4], ["an exp 2", 1e-3, 2e-6]], "jobs.nodes": [1]},
-        {"train.tokens": ["1K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
+        {"train.tokens": ["8K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
     ],
 )
 def test_a_stage_refuses_a_sweep_with_a_command_that_does_one_of_its_runs(

@@ -218,7 +218,7 @@ def test_reserved_nodes_are_asked_for_as_the_site_says(make_run: RunFileMaker) -
         "walltime": "48:00:00",
         "reservation": "R123",
     }
-    file = make_run(**{f"jobs__{key}": value for key, value in jobs.items()})
+    file = make_run(train__global_batch_size=64, **{f"jobs__{key}": value for key, value in jobs.items()})
     folder = load_run(file).folder / "jobs"
     assert cptain("jobs", file, "--site", "abci3").exit_code == 0
     train = (folder / "train.sh").read_text()
@@ -265,7 +265,7 @@ def test_a_node_of_another_number_of_gpus_than_the_site_says_is_refused() -> Non
 
 
 def test_each_kind_of_pbs_gets_nodes_of_their_own(make_run: RunFileMaker) -> None:
-    file = make_run(jobs__nodes=4, jobs__walltime="01:00:00", jobs__image="/x.sif")
+    file = make_run(train__global_batch_size=64, jobs__nodes=4, jobs__walltime="01:00:00", jobs__image="/x.sif")
     assert cptain("jobs", file, "--site", "pbs").exit_code == 0
     assert "#PBS -l place=scatter\n" in (load_run(file).folder / "jobs" / "train.sh").read_text()
 
@@ -340,3 +340,52 @@ def test_grid_engine_s_walltime_is_told_from_qdel(status: int, failed: str, seco
     text = f"{'=' * 62}\njobnumber    5\nfailed       {failed}\nexit_status  {status}\nru_wallclock {seconds}s\n"
     text += "category     -u jobuser -l h_rt=600,node_f=1\n"
     assert [state.word for state in read_states(text)] == [word]
+
+
+# Before the queue
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"jobs.nodes": 3}, "micro_batch_size × data-parallel size = 12 does not divide the 8 sequences of train.glo"),
+        ({"parallel.tensor": 4}, "parallel.tensor = 4 does not divide the 2 key and value heads"),
+        ({"jobs.image": "{here}/no.sif"}, "jobs.image = {here}/no.sif: no such image (make image builds it)"),
+        ({"model.hf": "{here}/no"}, "model.hf = {here}/no: no such folder"),
+        ({"model.tokenizer": "{here}/no"}, "model.tokenizer = {here}/no: no such folder"),
+        ({"data.input": ["{here}/no/*.jsonl"]}, "data.input: {here}/no/*.jsonl matches no "),
+    ],
+)
+def test_what_a_job_would_refuse_is_refused_before_it_waits(
+    change: dict[str, Any], says: str, make_run: RunFileMaker, tmp_path: Path
+) -> None:
+    image = tmp_path / "cptain.sif"
+    image.touch()
+    site = write_site(tmp_path / "here.toml", launcher="mpirun")
+    keys = {"jobs.image": str(image), "jobs.walltime": "01:00:00", "jobs.nodes": 2}
+    change = json.loads(json.dumps(change).replace("{here}", str(tmp_path)))
+    assert (
+        cptain(
+            "jobs", make_run(**{key.replace(".", "__"): value for key, value in keys.items()}), "--site", site
+        ).exit_code
+        == 0
+    )
+    file = make_run(**{key.replace(".", "__"): value for key, value in {**keys, **change}.items()})
+    result = cptain("jobs", file, "--site", site)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"cptain: {says.replace('{here}', str(tmp_path))}")
+
+
+def test_a_run_without_a_key_of_weights_and_biases_and_paths_of_another_machine_are_said(
+    make_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    file = make_run(jobs__image="/elsewhere/a.sif", jobs__walltime="01:00:00", wandb__project="p")
+    command = ("jobs", file, "--site", write_site(tmp_path / "here.toml"))
+    said = cptain(*command).output
+    assert "jobs: jobs.image: on a disk that is not seen from here, and not checked\n" in said
+    assert "jobs: [wandb] is asked for, and there is no WANDB_API_KEY: export it, or WANDB_MODE=offline\n" in said
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert "WANDB" not in cptain(*command).output

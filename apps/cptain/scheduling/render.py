@@ -23,6 +23,7 @@ from cptain.errors import CptainError, bad_usage
 from cptain.image import commit
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, changed_keys
+from cptain.scheduling.before_queue import check_before_queue
 from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
 from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
@@ -168,9 +169,9 @@ def _image(run: RunFile) -> str:
     return str(image)
 
 
-def _warnings(site: Site, name: str) -> list[str]:
-    """What no job says before it is too late."""
-    lines = []
+def _warnings(runs: list[RunFile], site: Site, name: str) -> list[str]:
+    """What no job says before it is too late; what one would refuse is refused."""
+    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(_image(one)))))
     if site.offline:
         where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
         lines.append(f"site {name} has no way out: {where}")
@@ -306,6 +307,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     runs = expand(run, file)
     for one in runs:
         _check(one, site, site_file.stem)
+    warnings = _warnings(runs, site, site_file.stem)
     texts = []
     for one in runs:
         folder = (out / one.name if run.sweep else out) if out else one.folder / "jobs"
@@ -337,4 +339,4 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         submissions=_submissions([rendered for rendered, _, _ in texts], submit_folder),
     )
     _write_script(submit_folder / "submit.sh", submit)
-    return Rendering(submit_folder / "submit.sh", _warnings(site, site_file.stem), written)
+    return Rendering(submit_folder / "submit.sh", warnings, written)
