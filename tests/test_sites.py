@@ -389,3 +389,28 @@ def test_a_run_without_a_key_of_weights_and_biases_and_paths_of_another_machine_
     assert "jobs: [wandb] is asked for, and there is no WANDB_API_KEY: export it, or WANDB_MODE=offline\n" in said
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert "WANDB" not in cptain(*command).output
+
+
+# Mail
+
+
+@pytest.mark.parametrize(
+    ("site", "lines", "array"),
+    [
+        ("abci3", {"#PBS -m ae", "#PBS -M me@example.org"}, {"#PBS -m ae"}),
+        ("tsubame4", {"#$ -m ae", "#$ -M me@example.org"}, {"#$ -m a"}),  # of an array, Grid Engine writes once a task
+        ("slurm", {"#SBATCH --mail-type=END,FAIL", "#SBATCH --mail-user=me@example.org"}, set()),
+    ],
+)
+def test_the_scheduler_writes_when_a_job_ends(
+    site: str, lines: set[str], array: set[str], make_run: RunFileMaker
+) -> None:
+    jobs = {"group": "g", "walltime": "01:00:00", "image": "/x.sif", "mail": "me@example.org"}
+    file = make_run(train__global_batch_size=64, **{f"jobs__{key}": value for key, value in jobs.items()})
+    assert cptain("jobs", file, "--site", site).exit_code == 0
+    folder = load_run(file).folder / "jobs"
+    for script, wanted in (("train.sh", lines), ("preprocess.sh", array)):
+        assert wanted <= set((folder / script).read_text().splitlines())
+    refused = cptain("jobs", file, "--site", site, "--set", 'jobs.mail="x; id"')
+    assert "jobs.mail" in refused.output
+    assert refused.exit_code == 2

@@ -212,6 +212,7 @@ class Jobs(Section):
     group: whose account is charged.
     reservation: the id of reserved nodes for the train jobs.
     environment: variables of the shell that submits which the jobs get, besides the site's user_environment.
+    mail: the address that the scheduler writes to when a job ends or is aborted.
     nodes: of the train jobs.
     walltime: of a train job, HH:MM:SS.
     margin: how long before the walltime training stops, to save, HH:MM:SS.
@@ -225,6 +226,7 @@ class Jobs(Section):
     group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     reservation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     environment: list[VariableName] = Field(default_factory=list)
+    mail: Annotated[str, Field(pattern=r"^[\w.+-]+@[\w.-]+$")] | None = None
     nodes: PositiveInt = 1
     walltime: Duration | None = None
     margin: Duration = "00:10:00"

@@ -206,6 +206,7 @@ def _scripts(
             scheduler=site.scheduler,
             launcher=site.launcher,
             group=jobs.group,
+            mail=jobs.mail,
             directives=_one_variable_list(directives),
             walltime=walltime,
             tasks=jobs.shards if array and stage == "preprocess" else None,
