@@ -27,7 +27,7 @@ for folder in /*; do
   esac
 done
 run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
-settings=()
+settings=(OMP_NUM_THREADS=1 )
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=4 CPTAIN_GPUS=8 "CPTAIN_DEADLINE=$deadline")

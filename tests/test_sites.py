@@ -414,3 +414,19 @@ def test_the_scheduler_writes_when_a_job_ends(
     refused = cptain("jobs", file, "--site", site, "--set", 'jobs.mail="x; id"')
     assert "jobs.mail" in refused.output
     assert refused.exit_code == 2
+
+
+# Logs
+
+
+@pytest.mark.parametrize(("site", "threads"), [({}, "1"), ({"environment": {"OMP_NUM_THREADS": "8"}}, "8")])
+def test_ranks_have_a_thread_each_and_mpirun_adds_no_words_unless_the_site_says(
+    site: dict[str, Any], threads: str, make_submission: Callable[..., Submission]
+) -> None:
+    submission = make_submission(site={"launcher": "mpirun", **site})
+    mpirun = '#!/bin/bash\nwhile [ "$1" != env ]; do shift; done\nexec "$@"\n'
+    programs(submission.folder / "bin", mpirun=mpirun)
+    submission("train")
+    environment = submission.environment("train1.")
+    assert environment["OMP_NUM_THREADS"] == threads
+    assert environment["OMPI_MCA_orte_execute_quiet"] == "1"
