@@ -69,7 +69,7 @@ class _Commands(click.Group):
 
 _ENVIRONMENT = """\b
 Environment:
-  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases; no file gets them
+  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases
   HF_HOME                  where downloads go; in the image, unless set, the run's cache folder
   TMPDIR                   a fast folder of this machine; in the image, what is compiled goes there
   CPTAIN_EXPECT_COMMIT     warn where the image holds another commit of cptain
