@@ -18,9 +18,9 @@ BOOTSTRAP ?= docker
 MEGATRON  ?=
 IMAGE_GB  ?= 30
 FORCE     ?=
-# The one on PATH, else the private one that image-cpu and the tests install.
+# The one on PATH, or SingularityCE, else the private one that image-cpu and the tests install.
 PRIVATE   := .apptainer
-APPTAINER ?= $(or $(shell command -v apptainer),$(PRIVATE)/bin/apptainer)
+APPTAINER ?= $(or $(shell command -v apptainer),$(shell command -v singularity),$(PRIVATE)/bin/apptainer)
 # How they reach apptainer/build.sh, and no other recipe: the tests run make again.
 image sandbox image-cpu: export BASE := $(BASE)
 image sandbox image-cpu: export BOOTSTRAP := $(BOOTSTRAP)

@@ -2,6 +2,7 @@
 # Build the image: checked before it starts, and never half there. usage: apptainer/build.sh [--sandbox] IMAGE
 # The Makefile runs it and sets what else it reads from the environment: APPTAINER (the program), BOOTSTRAP, BASE,
 # MEGATRON, MEGATRON_REPO, MEGATRON_REF, IMAGE_GB and FORCE. APPTAINER_CACHEDIR and APPTAINER_TMPDIR may be set too.
+# APPTAINER may be SingularityCE's program: it has other options, and reads the same variables as SINGULARITY_….
 set -euo pipefail
 umask 022
 sandbox=()
@@ -17,9 +18,10 @@ folder=$(cd "$(dirname "$1")" && pwd -P)
 image=$folder/$(basename "$1")
 cd "$(dirname "$0")/.." # where the paths in Singularity.def begin
 
-oldest=1.2 # the first with build arguments
 version=$("$APPTAINER" version 2> /dev/null) ||
-  die "no apptainer on PATH: try module load apptainer, or on Debian apptainer/install.sh .apptainer"
+  die "no apptainer or singularity on PATH: try module load apptainer, or on Debian apptainer/install.sh .apptainer"
+kind=apptainer oldest=1.2 # the first with build arguments
+case $("$APPTAINER" --version) in *[Ss]ingularity*) kind=singularity oldest=4.0 ;; esac
 printf '%s\n' $oldest "$version" | sort --version-sort --check=quiet ||
   die "$APPTAINER is version $version, and Singularity.def needs $oldest or later"
 [ ! -e "$image" ] || [ "${FORCE-}" = 1 ] || die "$image exists: FORCE=1 replaces it"
@@ -46,16 +48,16 @@ fi
 # %post sees none of the host's environment: how pip and git reach the network from here is told again.
 for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST PIP_DEFAULT_TIMEOUT PIP_PROXY \
   http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
-  [ -z "${!name-}" ] || export "APPTAINERENV_$name=${!name}"
+  [ -z "${!name-}" ] || export "${kind^^}ENV_$name=${!name}"
 done
 bind=()
 if [ -d "${PIP_FIND_LINKS-}" ]; then # a folder of wheels; every base has /mnt
   bind+=(--bind "$PIP_FIND_LINKS:/mnt:ro")
-  export APPTAINERENV_PIP_FIND_LINKS=/mnt
+  export "${kind^^}ENV_PIP_FIND_LINKS=/mnt"
 fi
 if [ -r "${PIP_CERT-}" ]; then # a proxy's certificate, which belongs in no image
   bind+=(--bind "$PIP_CERT:/etc/ssl/certs/ca-certificates.crt:ro")
-  export APPTAINERENV_PIP_CERT=/etc/ssl/certs/ca-certificates.crt
+  export "${kind^^}ENV_PIP_CERT=/etc/ssl/certs/ca-certificates.crt"
 fi
 
 commit=unknown
@@ -64,9 +66,15 @@ if git rev-parse --quiet --verify HEAD > /dev/null 2>&1; then
   [ -z "$(git status --porcelain -- Singularity.def apps apptainer pyproject.toml)" ] || commit=$commit+changes
 fi
 
-flags=()
-# A user in /etc/subuid needs newuidmap; without it Apptainer fails, though it can do without both.
-[ "$(id -u)" = 0 ] || command -v newuidmap > /dev/null || flags+=(--ignore-subuid)
+flags=() elsewhere=
+if [ $kind = apptainer ]; then
+  flags+=(--mksquashfs-args "-comp zstd -Xcompression-level 3")
+  # A user in /etc/subuid needs newuidmap; without it Apptainer fails, though it can do without both.
+  [ "$(id -u)" = 0 ] || command -v newuidmap > /dev/null || flags+=(--ignore-subuid)
+else
+  [ "$(id -u)" = 0 ] || flags+=(--fakeroot)
+  elsewhere="; an image that Apptainer built on another machine runs here too: copy it to $image"
+fi
 
 scratch=$(mktemp -d "$APPTAINER_TMPDIR/build.XXXXXX")
 partial=$folder/.$(basename "$image").partial
@@ -81,13 +89,13 @@ trap clean EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 rm -rf "$partial"
-APPTAINER_TMPDIR=$scratch "$APPTAINER" build "${sandbox[@]}" "${flags[@]}" "${bind[@]}" \
-  --mksquashfs-args "-comp zstd -Xcompression-level 3" \
+export "${kind^^}_CACHEDIR=$APPTAINER_CACHEDIR"
+env "${kind^^}_TMPDIR=$scratch" "$APPTAINER" build "${sandbox[@]}" "${flags[@]}" "${bind[@]}" \
   --build-arg "BOOTSTRAP=$BOOTSTRAP" --build-arg "BASE=$BASE" --build-arg "COMMIT=$commit" \
   --build-arg "MEGATRON=$MEGATRON" --build-arg "MEGATRON_REPO=$MEGATRON_REPO" --build-arg "MEGATRON_REF=$MEGATRON_REF" \
   "$partial" Singularity.def &
 build=$!
-wait "$build" || { status=$? build=; die "the build failed (status $status; its reason is above)$([ ! -e "$image" ] || echo "; $image is as it was")"; }
+wait "$build" || { status=$? build=; die "the build failed (status $status; its reason is above)$elsewhere$([ ! -e "$image" ] || echo "; $image is as it was")"; }
 build=
 
 if [ -d "$image" ]; then mv -T "$image" "$partial.old"; fi # a folder cannot be renamed over

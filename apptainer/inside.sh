@@ -4,7 +4,7 @@
 set -euo pipefail
 image=$1
 [ -e "$image" ] || { echo "$image: no such image; make image builds it, and IMAGE=FILE names another" >&2; exit 1; }
-command -v "$APPTAINER" > /dev/null || { echo "no apptainer on PATH: module load apptainer, perhaps" >&2; exit 1; }
+command -v "$APPTAINER" > /dev/null || { echo "no apptainer or singularity on PATH: module load one, perhaps" >&2; exit 1; }
 binds=()
 for folder in /*; do
   case $folder in

@@ -8,12 +8,14 @@
 # To change it, change the run file or the site and render again. For another run file: qsub -v RUN=FILE,IMAGE=FILE export.sh
 set -u
 cd "${PBS_O_WORKDIR:-.}" || exit 1  # PBS starts jobs in $HOME
-RUN=${RUN:-runs/swallow-8b.toml}
+RUN=${RUN:-jobs/run.toml}
 IMAGE=${IMAGE:-/gs/bs/tga-okazaki/ma/cptain.sif}
 fail() { echo "export.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
+environment=${RUN%/*}/environment  # submit.sh's: the user's variables and tokens, for this user alone
+[ -z "${LAST-}" ] || trap 'rm -f "$environment"' EXIT
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do
@@ -22,7 +24,10 @@ for folder in /*; do
     *) [ ! -r "$folder" ] || binds+=,$folder ;;
   esac
 done
-settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
-env "${settings[@]}" "$apptainer" run --app export "$IMAGE" "$RUN" --iteration final
+run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
+settings=()
+# shellcheck disable=SC2016
+with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
+env "${settings[@]}" "${with[@]}" "${run[@]}" --app export "$IMAGE" "$RUN" --iteration final
 status=$?
 case $status in 0 | 2 | 75) exit $status ;; *) exit 1 ;; esac  # 75: work remains, and the next job continues

@@ -11,13 +11,16 @@ esac; done
 stages=" ${stages:-preprocess convert train export} "
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-unset RUN IMAGE  # of this shell's: the scripts have their own
+unset RUN IMAGE LAST  # of this shell's: the scripts have their own
 submitted=$here/submitted
 is_alive() { qstat "$1" > /dev/null 2>&1; }
 if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table of
   [ -s "$submitted" ] || fail "$here: nothing was submitted from here yet"
   mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
-  qstat -x -f -F json -t "${jobs[@]}" 2> /dev/null |
+  qstat > /dev/null || { echo "submit.sh: the scheduler does not answer: nothing is known of the jobs" >&2; exit 69; }
+  for id in "${jobs[@]}"; do  # one by one: OpenPBS's master branch prints the first of several alone
+    qstat -x -f -F json -t "$id" 2> /dev/null || { [ $? != 153 ] || printf '{"purged": "%s"}\n' "$id"; }
+  done |
     (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit
 fi
@@ -30,27 +33,41 @@ if [ -z "$dry_run" ]; then
   rm -f "$submitted"
   trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: $(xargs -a "$submitted" 2> /dev/null)" >&2' EXIT
 fi
-declare -A ids=()
+declare -A ids=() kept=()
+last=''
+
+keep() {  # FOLDER: the user's variables and tokens, for the jobs whose scripts are there; qstat -f shows those of -v to everyone
+  local name
+  [ -z "${kept[$1]-}" ] || return 0
+  kept[$1]=1
+  rm -f "$1/environment"
+  (umask 077 && for name in $(compgen -e); do case $name in
+    HF_TOKEN | WANDB_API_KEY | WANDB_* | HF_HUB_* | HF_ENDPOINT | NCCL_* | CPTAIN_ACCEPT | http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) printf 'export %s=%q\n' "$name" "${!name}" ;;
+  esac; done > "$1/environment")
+}
 
 submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once those have ended
   local name=$1 link=$2 folder=$3 script=$4 after='' variables command id
   [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
   shift 4
   for id; do after+=${ids[$id]:+:${ids[$id]}}; done
-  variables=LINK=$link${HF_TOKEN:+,HF_TOKEN}${WANDB_API_KEY:+,WANDB_API_KEY}  # these two by name alone
+  variables=LINK=$link${last:+,LAST=1}$(sed -n 's/^#PBS -v /,/p' "$script")  # whose place -v would take
   command=(qsub -v "$variables" ${after:+-W "depend=afterany$after"} "$script")
   if [ "$dry_run" ]; then ids[$name]=ID-of-$name; printf '%q ' "${command[@]}"; echo; return; fi
+  keep "$(dirname "$script")"
   id=$(cd "$folder" && "${command[@]}")
   ids[$name]=$id
   echo "$name ${ids[$name]}" | tee -a "$submitted"
 }
 
 finish() {  # SUFFIX CHAIN FOLDER SCRIPTS [NAME...]: a run's train jobs, one after the other, and its export
-  local suffix=$1 chain=$2 folder=$3 scripts=$4 after=("${@:5}") link
+  local suffix=$1 chain=$2 folder=$3 scripts=$4 after=("${@:5}") link last=''
   for ((link = 1; link <= chain; link++)); do
+    [[ $link != "$chain" || $stages = *" export "* ]] || last=1
     submit "train$suffix.$link" "$link" "$folder" "$scripts/train.sh" "${after[@]}"
     after=("train$suffix.$link")
   done
+  last=1  # of the jobs that need the user's variables: it removes them
   submit "export$suffix" 1 "$folder" "$scripts/export.sh" "${after[@]}"
 }
 

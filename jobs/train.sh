@@ -2,19 +2,22 @@
 #PBS -N train-swallow-8b-exp1
 #PBS -P tga-okazaki
 #PBS -l select=4:mpiprocs=8
-#PBS -l walltime=36:00:00
+#PBS -l place=scatter
+#PBS -l walltime=24:00:00
 #PBS -j oe
 # train of swallow-8b-exp1. Rendered by cptain jobs runs/swallow-8b.toml --site pbs --out jobs (cptain 0.1.0, site pbs)
 # To change it, change the run file or the site and render again. For another run file: qsub -v RUN=FILE,IMAGE=FILE train.sh
 set -u
-deadline=$(($(date +%s) + 129000))  # 36:00:00 less 00:10:00 to save
+deadline=$(($(date +%s) + 85800))  # 24:00:00 less 00:10:00 to save
 cd "${PBS_O_WORKDIR:-.}" || exit 1  # PBS starts jobs in $HOME
-RUN=${RUN:-runs/swallow-8b.toml}
+RUN=${RUN:-jobs/run.toml}
 IMAGE=${IMAGE:-/gs/bs/tga-okazaki/ma/cptain.sif}
 fail() { echo "train.sh on $HOSTNAME: $*" >&2; exit 1; }
 [[ $RUN = /* ]] || RUN=$PWD/$RUN
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
+environment=${RUN%/*}/environment  # submit.sh's: the user's variables and tokens, for this user alone
+[ -z "${LAST-}" ] || trap 'rm -f "$environment"' EXIT
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do
@@ -23,11 +26,14 @@ for folder in /*; do
     *) [ ! -r "$folder" ] || binds+=,$folder ;;
   esac
 done
-settings=("APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}${binds#,}")
-settings+=("CPTAIN_LINK=${LINK:-1}" "CPTAIN_DEADLINE=$deadline")
-node=("$apptainer" run --nv --app train "$IMAGE" "$RUN")
+run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
+settings=(OMP_NUM_THREADS=1 )
+# shellcheck disable=SC2016
+with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
+settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=4 CPTAIN_GPUS=8 "CPTAIN_DEADLINE=$deadline")
+node=("${with[@]}" "${run[@]}" --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
-trap 'rm -f "$hosts" "$hosts.mpi"' EXIT
+trap 'rm -f "$hosts" "$hosts.mpi" ${LAST:+"$environment"}' EXIT
 cp "$PBS_NODEFILE" "$hosts" || fail "$hosts: cannot be written"
 settings+=("PBS_NODEFILE=$hosts" "PBS_JOBID=$PBS_JOBID")
 mapfile -t names < <(awk '!seen[$1]++ { print $1 }' "$hosts")

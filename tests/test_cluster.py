@@ -365,7 +365,8 @@ def test_without_a_scheduler_submit_runs_the_stages_here(
 
 def test_make_jobs_works_through_the_image(shared: Path, apptainer: str, run_content: dict[str, Any]) -> None:
     folder = shared / "by make"
-    file = write_run_file(folder, run_content, {"model.hf": str(shared / "model"), "jobs.walltime": "01:00:00"})
+    changes = {"model.hf": str(shared / "model"), "jobs.walltime": "01:00:00", "train.global_batch_size": 16}
+    file = write_run_file(folder, run_content, changes)
     made = make("jobs", f"RUN={file}", "SITE=slurm", f"IMAGE={shared}/image", f"APPTAINER={apptainer}")
     assert made.returncode == 0, made.stdout
     assert made.stdout.splitlines()[-1] == str(load_run(file).folder / "jobs" / "submit.sh")

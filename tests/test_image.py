@@ -288,6 +288,64 @@ def test_an_image_of_another_commit_than_the_jobs_expect_is_warned_of(place: Pla
     assert "warning" not in expected.stderr
 
 
+# SingularityCE, which Debian 12 and PyPI have not. What is its own: it reads no APPTAINER_ variable, and has other
+# options.
+
+
+def test_a_job_runs_with_a_program_that_reads_no_variable_of_apptainer_s(place: Place) -> None:
+    program = place.folder / "singularity"
+    program.write_text(
+        '#!/bin/bash\nunset "${!APPTAINER_@}" "${!APPTAINERENV_@}"\n'
+        f'exec {place.apptainer} "$1" --no-mount tmp,cwd,home "${{@:2}}"\n'  # so that only --bind shows it the run
+    )
+    program.chmod(0o755)
+    site = place.folder / "here.toml"
+    content = f'scheduler = "local"\ngpus = 0\napptainer = "{program}"\nbinds = ["{place.folder.parent}"]\n'
+    content += f'scratch = "{place.folder}"\n'
+    site.write_text(content)
+    run = place.folder / "runs" / "tiny.toml"
+    rendered = cptain("jobs", run, "--site", site, "--set", f'jobs.image="{place.image}"')
+    assert rendered.exit_code == 0, rendered.output
+    script = Path(rendered.stdout.strip()).with_name("convert.sh")
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=place.environment({}))
+    assert done.returncode == 0, done.stderr
+    assert (place.folder / "demo" / "runs" / "tiny" / "megatron" / "release").is_dir()
+
+
+@pytest.mark.parametrize(("version", "status"), [("4.1.5", 0), ("4.1.5", 255), ("3.11.4-1", 0)])
+def test_an_image_is_built_with_the_options_and_variables_of_singularityce(
+    version: str, status: int, tmp_path: Path
+) -> None:
+    program = tmp_path / "singularity"
+    program.write_text(
+        f'#!/bin/bash\ncase $1 in --version) echo "singularity-ce version {version}" ;; version) echo {version} ;;\n'
+        "build)\n"
+        f'printf "%s\\n" "$@" > "{tmp_path}/arguments"; env > "{tmp_path}/environment"\n'
+        f'touch "${{@: -2:1}}"; exit {status} ;; esac\n'
+    )
+    program.chmod(0o755)
+    image = tmp_path / "cptain.sif"
+    names = ("BOOTSTRAP", "BASE", "MEGATRON", "MEGATRON_REPO", "MEGATRON_REF")
+    environment = {**os.environ, **dict.fromkeys(names, "x"), "APPTAINER": str(program), "IMAGE_GB": "0"}
+    environment |= {"https_proxy": "http://proxy:1", "APPTAINER_CACHEDIR": str(tmp_path / "cache")}
+    build = [PROJECT / "apptainer" / "build.sh", image]
+    done = subprocess.run(build, env=environment, capture_output=True, text=True)
+    if version < "4":
+        assert done.stderr == f"image: {program} is version {version}, and Singularity.def needs 4.0 or later\n"
+        return
+    assert not {"--mksquashfs-args", "--ignore-subuid"} & set((tmp_path / "arguments").read_text().splitlines())
+    told = (tmp_path / "environment").read_text().splitlines()
+    assert {"SINGULARITYENV_https_proxy=http://proxy:1", f"SINGULARITY_CACHEDIR={tmp_path}/cache"} <= set(told)
+    assert any(line.startswith(f"SINGULARITY_TMPDIR={tmp_path}/") for line in told)
+    if status:
+        assert done.stderr == (
+            "image: the build failed (status 255; its reason is above); an image that Apptainer built on another "
+            f"machine runs here too: copy it to {image}\n"
+        )
+    else:
+        assert done.stdout == f"image: {image}\n"
+
+
 # How a build goes wrong. Each leaves an image that was there as it was, and nothing half-built beside it.
 
 
@@ -318,7 +376,7 @@ def test_an_image_that_is_there_is_not_overwritten_unasked(old: Path, target: st
 
 def test_a_machine_without_apptainer_is_told_how_to_get_it(old: Path) -> None:
     line = refused("image", f"IMAGE={old}", "FORCE=1", "APPTAINER=/nowhere/apptainer")
-    assert line.startswith("image: no apptainer on PATH: ")
+    assert line.startswith("image: no apptainer or singularity on PATH: ")
     assert "module load apptainer" in line
 
 

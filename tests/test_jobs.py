@@ -35,7 +35,8 @@ def make_jobs_run(make_run: RunFileMaker) -> RunFileMaker:
 
     def make(**changes: Any) -> Path:
         jobs = {"site": "pbs", "group": "group1", "nodes": 2, "walltime": "10:00:00", "image": "/shared/cptain.sif"}
-        return make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | changes)
+        more = {"train__global_batch_size": 64} | changes  # the sites have up to 8 GPUs
+        return make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | more)
 
     return make
 
@@ -67,7 +68,7 @@ def test_every_site_renders_scripts_that_are_short_and_pass_shellcheck(site: str
     assert [script.name for script in scripts] == SCRIPTS
     for script in scripts:
         lines = script.read_text().splitlines()
-        assert len(lines) < 60, script
+        assert len(lines) < (100 if script.name == "submit.sh" else 60), script
         assert os.access(script, os.X_OK)
         assert any(f"Rendered by cptain jobs {file}" in line for line in lines)
         subprocess.run(["bash", "-n", script], check=True)
@@ -78,9 +79,9 @@ def test_the_scripts_in_jobs_are_what_the_templates_make_of_the_lab_s_run_file(t
     command = [sys.executable, "-m", "cptain", "jobs", "runs/swallow-8b.toml", "--site", "pbs", "--out", "jobs"]
     shutil.copytree(PROJECT / "runs", tmp_path / "runs")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    for script in SCRIPTS:
-        assert (tmp_path / "jobs" / script).read_text() == (PROJECT / "jobs" / script).read_text(), (
-            f"{script} is not what the templates give: cptain jobs runs/swallow-8b.toml --site pbs --out jobs"
+    for name in [*SCRIPTS, "run.toml"]:
+        assert (tmp_path / "jobs" / name).read_text() == (PROJECT / "jobs" / name).read_text(), (
+            f"{name} is not what the templates give: cptain jobs runs/swallow-8b.toml --site pbs --out jobs"
         )
 
 
@@ -337,14 +338,13 @@ def test_a_site_file_of_one_s_own_works_by_path(tmp_path: Path, make_jobs_run: R
     shellcheck(script)
     (line,) = [line for line in script.read_text().splitlines() if line.startswith("settings=")]
     shown = subprocess.run(
-        ["bash", "-c", f'binds=,/gs\n{line}\nprintf "%s\\n" "${{settings[@]}}"'],
+        ["bash", "-c", f'{line}\nprintf "%s\\n" "${{settings[@]}}"'],
         env={"HOME": "/home/me", "PBS_LOCALDIR": "/local"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert shown.stdout.splitlines() == [
-        "APPTAINER_BIND=/gs",
         'A=$(id) `id` "/home/me',
         "TMPDIR=/local/x",
         "HF_HOME=/c c/huggingface",
@@ -437,6 +437,8 @@ def test_the_lab_s_six_experiments_differ_only_where_they_should(tmp_path: Path)
         "#$ -l h_rt=01:40:00",
         "#$ -l node_f=16",
         "deadline=$(($(date +%s) + 5400))",
+        'settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=16 CPTAIN_GPUS=4 "CPTAIN_DEADLINE=$deadline" '
+        "CPTAIN_CORES_PER_GPU=48)",
     ]
 
 
@@ -463,7 +465,7 @@ def test_a_sweep_that_is_none_is_refused(changes: dict[str, Any], says: str, mak
     [
         {"train.lr": [2.5e-4, 1e-3], "data.key": ["text", "body"]},
         {"name, train.lr, train.min_lr": [["true", 1e-3, 1e-4], ["an exp 2", 1e-3, 2e-6]], "jobs.nodes": [1]},
-        {"train.tokens": ["1K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
+        {"train.tokens": ["8K"], "train.megatron_args": [["--seed", "1"]], "data.mix": ["uniform"]},
     ],
 )
 def test_a_stage_refuses_a_sweep_with_a_command_that_does_one_of_its_runs(
@@ -728,7 +730,7 @@ def test_jobs_that_stopped_with_work_left_are_told_from_failures() -> None:
         ("1", "stopped", "work is left"),
         ("2", "failed", "exit status 1"),
         ("3", "waiting", "Dependency"),
-        ("4", "failed", "TIMEOUT"),
+        ("4", "timeout", "killed at its walltime: jobs.margin is too short"),
     ]
     with pytest.raises(CptainError, match="cannot be read"):
         read_states("{")

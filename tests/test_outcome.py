@@ -12,6 +12,7 @@ from cptain.history import read_history
 from cptain.progress import Progress
 from cptain.run_file import RunFile, load_run
 from cptain.training.follow import Follower
+from cptain.training.nodes import Nodes
 from cptain.training.outcome import Attempt, Ended, verdict
 from cptain.training.prepare import Command
 from cptain.training.record import TrainingRecord
@@ -160,3 +161,25 @@ def test_signals_within_fifteen_seconds_are_one_request(monkeypatch: pytest.Monk
     now = 115.0
     stop.note(2, None)
     assert (stop.signal_name, stop.at_once) == ("SIGTERM", True)
+
+
+def test_a_node_that_is_stopped_because_another_failed_gives_that_one_s_reason(run: RunFile) -> None:
+    run.logs_folder.mkdir(parents=True)
+    attempt = Attempt(run, 0)
+    attempt.begin()
+    error_file = run.logs_folder / "error.json"
+    error_file.write_text(json.dumps({"message": "SignalException: SIGTERM"}))
+    command = Command([], Path("pretrain.py"), [], steps=8, start=0, nodes=Nodes("1", ["a", "b"], [], 1))
+    how = Ended(1, "SIGTERM", False, error_file, run.logs_folder / "train.log")
+
+    def said() -> str:
+        with pytest.raises(CptainError) as raised:
+            verdict(run, command, follower(), how, attempt, TrainingRecord(run, command))
+        return str(raised.value)
+
+    assert said() == "train: stopped by SIGTERM; nothing saved yet; the same command continues"
+    attempt.failed("a: SIGKILL", only_if_unsaid=False)
+    assert said() == (
+        "train: stopped by SIGTERM, because another node failed: a: SIGKILL; nothing saved yet; "
+        "the same command continues"
+    )

@@ -69,7 +69,7 @@ class _Commands(click.Group):
 
 _ENVIRONMENT = """\b
 Environment:
-  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases; no file gets them
+  HF_TOKEN, WANDB_API_KEY  keys of the Hugging Face hub and of Weights & Biases
   HF_HOME                  where downloads go; in the image, unless set, the run's cache folder
   TMPDIR                   a fast folder of this machine; in the image, what is compiled goes there
   CPTAIN_EXPECT_COMMIT     warn where the image holds another commit of cptain
@@ -79,6 +79,8 @@ Set by the job scripts:
   CPTAIN_DEADLINE          when training stops and saves, in seconds since 1970
   CPTAIN_LINK              which train job of the chain this is, from 1
   CPTAIN_NODE              which of the job's nodes this is, from 0
+  CPTAIN_NODES             how many nodes the job asked for
+  CPTAIN_GPUS              GPUs of a node, as the site says
   CPTAIN_CORES_PER_GPU     scheduler slots that come with a GPU
 """
 
@@ -328,6 +330,8 @@ def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | No
     typed = [str(run), *(word for override in overrides for word in ("--set", override))]
     typed += [*(["--site", site] if site else []), *(["--out", str(out)] if out else [])]
     rendering = render(load_run(run, overrides), run, site, out, shlex.join(typed))
+    for line in rendering.lines:
+        click.echo(f"jobs: {line}", err=True)
     for name, folder, chain, changes in rendering.runs:
         click.echo(f"jobs: {name}: {folder}, {chain} train job{'s' if chain > 1 else ''}", err=True)
         for change in changes:

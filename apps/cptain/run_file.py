@@ -84,6 +84,7 @@ def _known_mix(value: Any) -> Any:
     return value
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*\*?$")]  # a * is any ending
 AbsolutePath = Annotated[Path, BeforeValidator(_expand_path)]
 Glob = Annotated[str, BeforeValidator(_expand_path)]
 FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
@@ -207,9 +208,10 @@ class Jobs(Section):
     """How the batch scheduler runs it.
 
     site: a name under jobs/sites, or the path of a site file of your own.
-    group: whose account is charged.
-    nodes: of the train jobs.
-    walltime: of a train job, HH:MM:SS.
+    group, reservation: whose account is charged, and the id of reserved nodes for the train jobs.
+    environment: variables of the shell that submits which the jobs get, besides the site's user_environment.
+    mail: where the scheduler writes to when a job ends.
+    nodes, walltime: of a train job; HH:MM:SS.
     margin: how long before the walltime training stops, to save, HH:MM:SS.
     image: the Apptainer image; default: the one that `cptain jobs` runs in.
     shards: tasks of the preprocess job, which is an array.
@@ -219,6 +221,9 @@ class Jobs(Section):
 
     site: Annotated[str, BeforeValidator(_expand_site)] | None = None
     group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    reservation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    environment: list[VariableName] = Field(default_factory=list)
+    mail: Annotated[str, Field(pattern=r"^[\w.+-]+@[\w.-]+$")] | None = None
     nodes: PositiveInt = 1
     walltime: Duration | None = None
     margin: Duration = "00:10:00"

@@ -23,6 +23,7 @@ from cptain.errors import CptainError, bad_usage
 from cptain.image import commit
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, changed_keys
+from cptain.scheduling.before_queue import check_before_queue
 from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
 from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
@@ -92,7 +93,17 @@ def _environment(site: Site) -> list[str]:
         settings.setdefault("XDG_CACHE_HOME", site.cache)
     if here := commit():  # rendered inside an image: its jobs expect the same
         settings.setdefault("CPTAIN_EXPECT_COMMIT", here)
-    return [f"{name}={_in_double_quotes(value)}" for name, value in settings.items()]
+    lines = [f"{name}={_in_double_quotes(value)}" for name, value in settings.items()]
+    if site.offline:
+        lines += ['"HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}"', '"WANDB_MODE=${WANDB_MODE:-offline}"']
+    return lines
+
+
+def _one_variable_list(directives: list[str]) -> list[str]:
+    """Directives with their "-v A=1" joined into one: of several, PBS takes the last."""
+    variables = [line.removeprefix("-v ").strip() for line in directives if line.startswith("-v ")]
+    others = [line for line in directives if not line.startswith("-v ")]
+    return [*others, *([f"-v {','.join(variables)}"] if variables else [])]
 
 
 def _earlier_seconds_per_step(run: RunFile) -> float | None:
@@ -136,7 +147,7 @@ def chain_length(run: RunFile) -> int:
 def _check(run: RunFile, site: Site, name: str) -> None:
     """Refuse what the site or the scheduler would."""
     jobs = run.jobs
-    site.check(name, jobs.nodes, jobs.walltime, jobs.group)
+    site.check(name, jobs)
     if jobs.walltime and seconds(jobs.margin) >= seconds(jobs.walltime):
         bad_usage(f"jobs.walltime = {jobs.walltime}: nothing is left of it after jobs.margin = {jobs.margin}")
     for key, value in (("name", run.name), ("work_dir", run.work_dir), ("jobs.image", jobs.image)):
@@ -152,10 +163,19 @@ def _check(run: RunFile, site: Site, name: str) -> None:
 
 def _image(run: RunFile) -> str:
     """The image's path on the host."""
-    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER")
+    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:
         bad_usage('jobs.image: is missing: allowed: the path of the image, such as "/shared/cptain.sif"')
     return str(image)
+
+
+def _warnings(runs: list[RunFile], site: Site, name: str) -> list[str]:
+    """What no job says before it is too late; what one would refuse is refused."""
+    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(_image(one)))))
+    if site.offline:
+        where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
+        lines.append(f"site {name} has no way out: {where}")
+    return lines
 
 
 def _shortest(*durations: str | None) -> str:
@@ -176,7 +196,7 @@ def _scripts(
             "export": " --iteration final",
         }
         walltime = jobs.walltime if train else _shortest(site.cpu_walltime, site.max_walltime)
-        directives = [line.replace("{nodes}", str(jobs.nodes)) for line in (site.train if train else site.cpu)]
+        directives = site.train_directives(jobs.nodes, jobs.reservation) if train else site.cpu
         scripts[f"{stage}.sh"] = templates.get_template("stage.sh.j2").render(
             stage=stage,
             name=run.name,
@@ -186,7 +206,8 @@ def _scripts(
             scheduler=site.scheduler,
             launcher=site.launcher,
             group=jobs.group,
-            directives=directives,
+            mail=jobs.mail,
+            directives=_one_variable_list(directives),
             walltime=walltime,
             tasks=jobs.shards if array and stage == "preprocess" else None,
             deadline=seconds(walltime) - seconds(jobs.margin) if train and walltime else None,
@@ -254,10 +275,12 @@ class Rendering:
 
     Attributes:
         submit: the script that submits all jobs.
+        lines: what the user should know before submitting.
         runs: for each its name, its folder of scripts, how many train jobs it has, and what changed in its run file.
     """
 
     submit: Path
+    lines: list[str]
     runs: list[tuple[str, Path, int, list[str]]]
 
 
@@ -268,7 +291,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         run: the run file, as loaded.
         file: where it was read.
         site_name: a name under jobs/sites or a file's path; default: jobs.site.
-        out: where the scripts go; default: the run's jobs folder. With it they name the run file as it was typed.
+        out: where the scripts go, and their copy of the run file; default: the run's jobs folder.
         typed: the arguments of `cptain jobs`, for the scripts' first lines.
 
     Raises:
@@ -285,16 +308,19 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     runs = expand(run, file)
     for one in runs:
         _check(one, site, site_file.stem)
+    warnings = _warnings(runs, site, site_file.stem)
     texts = []
     for one in runs:
         folder = (out / one.name if run.sweep else out) if out else one.folder / "jobs"
-        frozen = folder / "run.toml" if run.sweep or not out else None
+        frozen = folder / "run.toml"
+        if frozen.resolve() == file.resolve():
+            bad_usage(f"{file}: the jobs' copy of the run file would take its place: name another folder with --out")
         rendered = _Rendered(one, folder, None if out else one.logs_folder, chain_length(one))
-        texts.append((rendered, frozen, _scripts(one, site, str(frozen or file), rendered_by, templates)))
+        texts.append((rendered, frozen, _scripts(one, site, str(frozen), rendered_by, templates)))
     submit_folder = out or run.folder / "jobs"
     written = []
     for rendered, frozen, scripts in texts:
-        changes = _freeze(rendered.run, frozen) if frozen else []
+        changes = _freeze(rendered.run, frozen)
         for script, text in scripts.items():
             _write_script(rendered.folder / script, text)
         if rendered.logs:
@@ -308,7 +334,10 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         image=_image(run),
         delete=_DELETE[site.scheduler],
         apptainer=site.apptainer,
+        user_environment=list(
+            dict.fromkeys([*site.user_environment, *(name for one in runs for name in one.jobs.environment)])
+        ),
         submissions=_submissions([rendered for rendered, _, _ in texts], submit_folder),
     )
     _write_script(submit_folder / "submit.sh", submit)
-    return Rendering(submit_folder / "submit.sh", written)
+    return Rendering(submit_folder / "submit.sh", warnings, written)

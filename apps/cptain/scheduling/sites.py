@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from cptain.errors import bad_usage
+from cptain.run_file import Jobs, VariableName
 from cptain.toml_file import Duration, Section, read_toml, seconds, validate
 
 # In a checkout the package lies beside jobs/; installed, jobs/ is among the installation's data files.
@@ -31,17 +32,44 @@ def _one_line(value: str) -> str:
     return value
 
 
-def _directive(value: str) -> str:
+def _directive(value: str, *braces: str) -> str:
     if not value.startswith("-"):
         raise ValueError('allowed: what follows #PBS, #$ or #SBATCH, such as "-q rt_HF"')
-    if unknown := set(re.findall(r"\{(\w*)\}", value)) - {"nodes"}:
-        raise ValueError(f"{{{unknown.pop()}}}: allowed in braces: {{nodes}}")
+    if unknown := set(re.findall(r"\{(\w*)\}", value)) - {"nodes", *braces}:
+        raise ValueError(
+            f"{{{unknown.pop()}}}: allowed in braces: {', '.join(f'{{{name}}}' for name in ('nodes', *braces))}"
+        )
     return _one_line(value)
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[str, Field(pattern=r"^[\w@%+=:,./-]+$")]
 Directives = list[Annotated[str, AfterValidator(_directive)]]
+
+# Of the user's own shell: what changes how a job talks to the network, and what says how it goes on.
+_OF_THE_USER = [
+    "WANDB_*",
+    "HF_HUB_*",
+    "HF_ENDPOINT",
+    "NCCL_*",
+    "CPTAIN_ACCEPT",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+]
+_OF_THE_USER += ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"]
+
+
+class Reservation(Section):
+    """What a train job on reserved nodes (jobs.reservation) is told and allowed instead.
+
+    directives: in the place of those of `train` with the same option; {reservation} becomes jobs.reservation.
+    max_nodes, max_walltime: as the site's.
+    """
+
+    directives: list[Annotated[str, AfterValidator(lambda value: _directive(value, "reservation"))]]
+    max_nodes: PositiveInt | None = None
+    max_walltime: Duration | None = None
 
 
 class Site(Section):
@@ -51,7 +79,9 @@ class Site(Section):
     launcher: how a train job starts one container a node; needed for more than one node.
     gpus: of a node; 0 trains on the CPU.
     cores_per_gpu: scheduler slots that come with a GPU, where the scheduler gives GPUs in that way.
-    train, cpu: directives of the train job ({nodes}: how many), and of the others.
+    train, cpu: directives of the train job ({nodes}: how many), and of the others; submit.sh joins their "-v A=1" with
+        its own variables, because qsub -v takes the place of a script's.
+    reservation: how reserved nodes are asked for.
     cpu_walltime: of the jobs that do not train, HH:MM:SS.
     max_nodes, max_walltime: what the scheduler would refuse is refused before.
     needs_group: whether jobs.group must be given.
@@ -61,6 +91,8 @@ class Site(Section):
     scratch: a node's own fast folder, for what is compiled there; may hold $VARIABLES of the job.
     cache: a folder for downloads that all runs share; default: the run's own.
     environment: more variables; values may hold $VARIABLES of the job.
+    user_environment: variables of the shell that submits which the jobs get, as submit.sh finds them; * is any ending.
+    offline: the nodes of the jobs reach nothing outside: the hub and Weights & Biases are offline unless the user says.
     """
 
     scheduler: Literal["pbs", "gridengine", "slurm", "local"]
@@ -69,6 +101,7 @@ class Site(Section):
     cores_per_gpu: PositiveInt | None = None
     train: Directives = Field(default_factory=list)
     cpu: Directives = Field(default_factory=list)
+    reservation: Reservation | None = None
     cpu_walltime: Duration = "12:00:00"
     max_nodes: PositiveInt | None = None
     max_walltime: Duration | None = None
@@ -79,6 +112,8 @@ class Site(Section):
     scratch: Line | None = None
     cache: Line | None = None
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Line] = Field(default_factory=dict)
+    user_environment: list[VariableName] = Field(default_factory=lambda: list(_OF_THE_USER))
+    offline: bool = False
 
     @model_validator(mode="after")
     def _launcher_is_of_the_scheduler(self) -> Self:
@@ -96,27 +131,39 @@ class Site(Section):
         launcher = f"launcher {self.launcher}" if self.launcher else "no launcher: one node a job"
         return f"{self.scheduler}, {launcher}, {gpus}"
 
-    def check(self, name: str, nodes: int, walltime: str | None, group: str | None) -> None:
+    def train_directives(self, nodes: int, reservation: str | None) -> list[str]:
+        """The train job's directives; a reservation's are in the place of the site's with the same option."""
+        reserved = self.reservation.directives if self.reservation and reservation else []
+        options = {line.split()[0] for line in reserved} - {"-l", "-v"}  # of these there may be several
+        lines = [line for line in self.train if line.split()[0] not in options] + reserved
+        return [line.replace("{nodes}", str(nodes)).replace("{reservation}", reservation or "") for line in lines]
+
+    def check(self, name: str, jobs: Jobs) -> None:
         """Refuse a job that the site would.
 
         Args:
             name: the site's, for errors.
-            nodes: jobs.nodes.
-            walltime: jobs.walltime, HH:MM:SS.
-            group: jobs.group.
+            jobs: the run file's.
 
         Raises:
             CptainError: exit status 2, names the key of the run file.
         """
+        nodes, walltime = jobs.nodes, jobs.walltime
         if nodes > 1 and self.launcher is None:
             bad_usage(f"jobs.nodes = {nodes}: site {name} has no launcher, and so one node a job")
-        if self.max_nodes is not None and nodes > self.max_nodes:
-            bad_usage(f"jobs.nodes = {nodes}: site {name} allows at most {self.max_nodes}")
+        if jobs.reservation and self.reservation is None:
+            bad_usage(
+                f"jobs.reservation = {jobs.reservation}: site {name} does not say how one is used ([reservation])"
+            )
+        limits = self.reservation if self.reservation and jobs.reservation else self
+        without = " without jobs.reservation" if self.reservation and not jobs.reservation else ""
+        if limits.max_nodes is not None and nodes > limits.max_nodes:
+            bad_usage(f"jobs.nodes = {nodes}: site {name} allows at most {limits.max_nodes}{without}")
         if walltime is None and self.scheduler != "local":
             bad_usage(f'jobs.walltime: is missing, and site {name} needs it: allowed: HH:MM:SS, such as "12:00:00"')
-        if walltime and self.max_walltime and seconds(walltime) > seconds(self.max_walltime):
-            bad_usage(f"jobs.walltime = {walltime}: site {name} allows at most {self.max_walltime}")
-        if self.needs_group and group is None:
+        if walltime and limits.max_walltime and seconds(walltime) > seconds(limits.max_walltime):
+            bad_usage(f"jobs.walltime = {walltime}: site {name} allows at most {limits.max_walltime}{without}")
+        if self.needs_group and jobs.group is None:
             bad_usage(f"jobs.group: is missing, and site {name} needs it")
 
 

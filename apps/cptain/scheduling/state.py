@@ -1,8 +1,9 @@
 """How the submitted jobs are, from what the scheduler's own commands print.
 
 submit.sh --state runs those commands on the host, where cptain is not, and pipes their output to `cptain status`:
-`qstat -x -f -F json -t` of PBS, `scontrol show job -o` of Slurm, or `qstat -xml` and `qacct -j` of Grid Engine, one
-after the other.
+`qstat -x -f -F json -t` of PBS, once a job, because its master branch prints the first of several alone;
+`scontrol show job -o` of Slurm, or `sacct` of what that has forgotten; or `qstat -xml` and `qacct -j` of Grid Engine,
+one after the other. Of a job that PBS has forgotten, submit.sh says {"purged": "ID"}.
 """
 
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 from cptain.errors import RESUMABLE, CptainError
 
+_PBS_WALLTIME = -29  # JOB_EXEC_KILL_WALLTIME of pbs_error.h
+_GRIDENGINE_WALLTIME = "37"  # what is `failed` where the qmaster ended a job for its h_rt
 _ARRAY_TASK = re.compile(r"\[\d*\]")
 
 
@@ -26,7 +29,7 @@ class State:
     Attributes:
         job: the scheduler's id.
         word: waiting (for other jobs), queued, running, ending (was deleted), done, stopped (with work left), failed,
-            deleted or never ran.
+            timeout, deleted, never ran, or purged (the scheduler has forgotten it).
         detail: hosts, exit status or the scheduler's reason.
     """
 
@@ -46,8 +49,26 @@ def _ended(job: str, status: int, signal: int = 0, detail: str = "") -> State:
     return State(job, "failed", detail or f"exit status {status}")
 
 
+def _timeout(job: str) -> State:
+    """A job that its walltime ended before it ended itself: it had no time to save."""
+    return State(job, "timeout", "killed at its walltime: jobs.margin is too short")
+
+
+def _documents(text: str) -> Iterator[dict[str, Any]]:
+    """JSON documents, one after the other."""
+    decoder, text = json.JSONDecoder(), text.strip()
+    while text:
+        document, end = decoder.raw_decode(text)
+        yield document
+        text = text[end:].lstrip()
+
+
 def _pbs(text: str) -> Iterator[State]:
-    jobs: dict[str, dict[str, Any]] = json.loads(text).get("Jobs", {})
+    jobs: dict[str, dict[str, Any]] = {}
+    for document in _documents(text):
+        jobs |= document.get("Jobs", {})
+        if "purged" in document:
+            yield State(document["purged"], "purged", "PBS has forgotten it")
     for name, job in jobs.items():
         if job.get("array") == "True" and any(_ARRAY_TASK.sub("[]", other) == name != other for other in jobs):
             continue  # its tasks say more
@@ -57,6 +78,10 @@ def _pbs(text: str) -> Iterator[State]:
         if state in ("F", "X"):
             if status is None:
                 yield State(identity, "never ran", f"depends on {job['depend']}" if "depend" in job else comment)
+            elif status == _PBS_WALLTIME or "exceeded resource walltime" in comment:
+                yield _timeout(identity)
+            elif "terminated by" in comment:  # an array's task then has exit status 1
+                yield State(identity, "deleted", comment.partition("terminated ")[2])
             elif status > 256:  # PBS adds 256 to the number of a signal
                 yield _ended(identity, 0, status - 256)
             else:
@@ -70,8 +95,18 @@ def _pbs(text: str) -> Iterator[State]:
 
 
 def _slurm(text: str) -> Iterator[State]:
+    names: list[str] = []
     for line in text.splitlines():
-        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if line.startswith("JobID|"):
+            names = line.split("|")
+            continue
+        if names and "JobId=" not in line:
+            told = dict(zip(names, line.split("|"), strict=False))
+            state = (told.get("State") or " ").split()[0]  # "CANCELLED by 1000"
+            fields = {"JobId": told["JobID"].partition("_")[0], "JobState": state}
+            fields |= {"ExitCode": told.get("ExitCode", ""), "NodeList": told.get("NodeList", "")}
+        else:
+            fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
         if "JobState" not in fields:
             continue
         job = fields.get("ArrayJobId", fields.get("JobId", ""))
@@ -82,10 +117,16 @@ def _slurm(text: str) -> Iterator[State]:
         elif state in ("RUNNING", "COMPLETING", "CONFIGURING"):
             yield State(job, "running", fields.get("NodeList", ""))
         elif state.startswith("CANCELLED"):
-            yield State(job, "deleted" if fields.get("NodeList", "(null)") != "(null)" else "never ran", reason)
+            yield State(
+                job,
+                "deleted" if fields.get("NodeList", "(null)") not in ("(null)", "None assigned") else "never ran",
+                reason,
+            )
         elif state in ("COMPLETED", "FAILED"):
             yield _ended(job, int(status), int(signal or 0))
-        else:  # TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, ...
+        elif state == "TIMEOUT":
+            yield _timeout(job)
+        else:  # NODE_FAIL, OUT_OF_MEMORY, ...
             yield State(job, "failed", state)
 
 
@@ -108,7 +149,11 @@ def _gridengine(text: str) -> Iterator[State]:
         if "jobnumber" not in fields:
             continue
         name, status, failed = fields["jobnumber"].strip(), int(fields["exit_status"].split()[0]), fields["failed"]
-        if status > 128:
+        limit = re.search(r"\bh_rt=(\d+)", fields.get("category", ""))
+        seconds = float(fields.get("ru_wallclock", "0").split()[0].rstrip("s"))
+        if failed.split()[0] == _GRIDENGINE_WALLTIME or (status == 137 and limit and seconds >= int(limit[1])):
+            yield _timeout(name)
+        elif status > 128:
             yield _ended(name, 0, status - 128)
         elif failed.split()[0] not in ("0", "100"):
             yield State(name, "failed", failed.strip())
@@ -125,7 +170,7 @@ def read_states(text: str) -> list[State]:
     try:
         if text.lstrip().startswith("{"):
             return list(_pbs(text))
-        if "JobId=" in text:
+        if "JobId=" in text or "JobID|" in text:
             return list(_slurm(text))
         return list(_gridengine(text))
     except (ValueError, KeyError, ElementTree.ParseError) as error:

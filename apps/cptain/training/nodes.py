@@ -198,6 +198,31 @@ def read_nodes(environment: Mapping[str, str] = os.environ) -> Nodes | None:
     )
 
 
+def check_as_asked(nodes: Nodes | None, gpus: int | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train on other nodes than the job script asked for (CPTAIN_NODES, CPTAIN_GPUS).
+
+    Args:
+        nodes: the job's, where there are several.
+        gpus: of this node; None on the CPU.
+
+    Raises:
+        CptainError: names the hosts.
+    """
+    hosts = nodes.hosts if nodes else [socket.gethostname()]
+    asked = environment.get("CPTAIN_NODES", "")
+    if asked.isdigit() and int(asked) != len(hosts):
+        raise CptainError(
+            f"train: the job asked for {asked} nodes, and the scheduler's list has {len(hosts)} ({' '.join(hosts)}): "
+            "ask in the site file for nodes of their own (PBS: -l place=scatter)"
+        )
+    asked = environment.get("CPTAIN_GPUS", "")
+    if gpus and asked.isdigit() and int(asked) != gpus:
+        raise CptainError(
+            f"train: {socket.gethostname()}: the job has {gpus} GPUs of this node, "
+            f"and the site file says gpus = {asked}"
+        )
+
+
 def check_slots(nodes: Nodes, cores_per_gpu: int, processes: int) -> None:
     """Refuse nodes of which the job was given another number of GPUs than torchrun will use on this one.
 

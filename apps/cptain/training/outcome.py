@@ -90,6 +90,12 @@ class Attempt:
         if not only_if_unsaid or said == _NO_WORD:
             self._write(max(1, times), reason)
 
+    @property
+    def failure(self) -> str:
+        """Why another node failed, as far as it has said; empty: none did."""
+        said = self._read()[1]
+        return "" if said == _NO_WORD or said.startswith("stopped") else said
+
     def saved(self) -> None:
         """Something new was saved: nothing is to be remembered."""
         self._file.unlink(missing_ok=True)
@@ -116,6 +122,8 @@ def verdict(
         late = (ends := deadline()) and time.time() >= ends
         stopped = f"stopped by {how.signal_name}" if how.signal_name else "stopped at the job's deadline"
         stopped = stopped if how.signal_name or late else "stopped early"
+        if how.signal_name and command.nodes and (failure := attempt.failure):
+            stopped += f", because another node failed: {failure}"  # the launcher ended this one
         if saved == command.start:
             attempt.failed(f"{stopped} before anything was saved", only_if_unsaid=True)
         record.end(follower, stopped)

@@ -22,7 +22,7 @@ from cptain.run_file import RunFile, changed_keys
 from cptain.training.changes import check_changes
 from cptain.training.flags import check_parallel, megatron_flags
 from cptain.training.memory import Recompute, choose_recompute
-from cptain.training.nodes import Nodes, check_slots, own_address, read_nodes
+from cptain.training.nodes import Nodes, check_as_asked, check_slots, own_address, read_nodes
 from cptain.training.start import beginning
 
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
@@ -128,6 +128,7 @@ def _processes(
     """How many processes this node trains with, and the bytes of a GPU; None on the CPU. Arguments and errors are those
     of `prepare`."""
     if cpu:
+        check_as_asked(nodes, None)
         if run.train.precision == "fp8":
             bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
         if run.parallel.context > 1:
@@ -137,6 +138,7 @@ def _processes(
     gpus, gpu_bytes = _gpus()
     if not gpus and not dry_run:
         raise CptainError("no GPU found (inside a container, --nv is needed); --cpu trains without one")
+    check_as_asked(nodes, gpus)
     processes = nproc_per_node or gpus or run.parallel.model_size
     if gpus and processes > gpus:
         bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
