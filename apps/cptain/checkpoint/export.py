@@ -182,6 +182,7 @@ def export(
         began = time.monotonic()
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
+            reader.check_members(workers)
             writer.finish(partial)
             for file in carried:
                 shutil.copyfile(file, partial / file.name)

@@ -8,7 +8,7 @@ writes its last part, while the others go on.
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,15 +92,9 @@ def in_threads(
             local.buffers = Buffers(buffers, stopping)
         return task(local.buffers)
 
-    def results(pending: set[Future[_Result]]) -> Iterator[_Result]:
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-
     pool = ThreadPoolExecutor(workers)
     try:
-        yield results({pool.submit(work, task) for task in tasks})
+        yield (future.result() for future in as_completed([pool.submit(work, task) for task in tasks]))
     finally:
         stopping.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -302,6 +302,8 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
     sides = [tensors(reader, shared) for reader in readers]
     rows = compare_tensors(sides[0], sides[1], workers, sample)
     for reader in readers:
+        if not sample:  # which would read all of it
+            reader.check_members(workers)
         reader.close()
     _print_table(rows)
     equal = sum(row.equal for row in rows)
