@@ -1,5 +1,6 @@
 """One bit that is not what was written: export, verify and train say where, and none goes on with it."""
 
+import os
 import random
 import shutil
 import zlib
@@ -141,3 +142,17 @@ def test_checksums_of_pieces_in_any_order_are_that_of_the_whole(pieces: int) -> 
         overlapping.add(begin, content[begin:end])
     assert overlapping.is_whole(rest)
     assert combined(zlib.crc32(b"ab"), zlib.crc32(b""), 0) == zlib.crc32(b"ab")
+
+
+def test_an_export_of_one_other_bit_is_not_done_though_size_and_date_are_the_same(
+    make_ready_run: RunFileMaker,
+) -> None:
+    file = make_ready_run()
+    shard = as_if_trained(file) / "model.safetensors"
+    assert " → " in cptain("export", file).output
+    content, stat = shard.read_bytes(), shard.stat()
+    flip(shard, len(content) - 5)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert " → " in cptain("export", file).output
+    assert shard.read_bytes() == content
+    assert "is done: it is what would be written" in cptain("export", file).output

@@ -127,11 +127,6 @@ class LegacyReader(FolderFiles):
             if len(shape) != due or 0 in shape or (key.endswith(_GATED) and shape[0] % 2):
                 self._refuse(f"{key}: a part of shape {list(shape)}")
 
-    @property
-    def saved_at(self) -> int:
-        """When the checkpoint was complete, in nanoseconds since the epoch."""
-        return max(file.stat().st_mtime_ns for file in self.folder.glob(f"{_ANY_RANK}/{_FILE}"))
-
     def names(self) -> list[str]:
         """The keys of the model's tensors, as in a torch_dist checkpoint."""
         return list(self._parts)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from isal import isal_zlib
 
@@ -74,6 +75,13 @@ class Buffers:
                 raise Stopped
             end = min(begin + step, stop)
             yield begin, end, [memory[: (end - begin) * row_bytes] for memory in self._memory]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two flat tensors of uint8 are equal."""
+    whole = len(a) // 8 * 8
+    wide = (tensor[:whole].numpy().view(np.int64) for tensor in (a, b))
+    return np.array_equal(*wide) and np.array_equal(a[whole:].numpy(), b[whole:].numpy())
 
 
 @contextmanager

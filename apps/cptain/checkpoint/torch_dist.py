@@ -323,11 +323,6 @@ class TorchDistReader(FolderFiles):
                 advance(count)
 
     @property
-    def saved_at(self) -> int:
-        """When the checkpoint was complete, in nanoseconds since the epoch."""
-        return (self.folder / ".metadata").stat().st_mtime_ns
-
-    @property
     def bytes(self) -> int:
         """Bytes of the model's tensors."""
         return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors.values())

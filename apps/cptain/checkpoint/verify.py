@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from cptain import __version__, atomic
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
-from cptain.checkpoint.streaming import Buffers, Fill, in_threads
+from cptain.checkpoint.streaming import Buffers, Fill, in_threads, same_bits
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import TRACKER, iteration_folder, read_tracker
@@ -139,13 +138,6 @@ def _compare_rows(name: str, a: _Tensor, b: _Tensor, first: int, stop: int, buff
             part.max_abs = max(part.max_abs, difference.max().item())
             part.sum_abs += difference.sum().item()
     return part
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two flat tensors of uint8 are equal."""
-    whole = len(a) // 8 * 8
-    wide = (tensor[:whole].numpy().view(np.int64) for tensor in (a, b))
-    return np.array_equal(*wide) and np.array_equal(a[whole:].numpy(), b[whole:].numpy())
 
 
 @dataclass
