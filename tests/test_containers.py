@@ -1,4 +1,4 @@
-"""What stands around documents: compressed frames, links and columns that a reader might take for another."""
+"""What stands around documents and tokenizers: frames, links, columns and files that could be taken for others."""
 
 import lzma
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from conftest import RunFileMaker, cptain
+from cptain.data import tokenizer
 from cptain.data.inputs import input_files
 from cptain.data.reader import blocks
 from cptain.errors import CptainError
@@ -71,3 +72,27 @@ def test_two_columns_of_one_name_are_refused(make_run: RunFileMaker, tmp_path: P
     result = cptain("preprocess", make_run(data__input=["in.parquet"]), "--workers", 1)
     assert result.exit_code == 1
     assert 'in.parquet: two columns "text" (data.key): which is meant cannot be said' in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "tokenizer.model",
+            "its tokenizer is sentencepiece's alone, and reading it needs sentencepiece, tiktoken: pip",
+        ),
+        ("tekken.json", "tekken.json: Mistral's own format, which is not read"),
+        ("vocab.bpe", "no tokenizer in this folder"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused_by_what_it_is_or_needs(
+    make_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda distribution: distribution == "protobuf")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / name).write_text("{}")
+    (tmp_path / "in.jsonl").write_bytes(LINES[0])
+    file = make_run(data__input=["in.jsonl"], model__tokenizer=str(tmp_path / "tokenizer"))
+    result = cptain("preprocess", file, "--workers", 1)
+    assert result.exit_code == 1
+    assert says in result.output

@@ -50,9 +50,7 @@ def _are_different(files: list[Path]) -> None:
             folders[file.parent] = os.path.realpath(file.parent)
         real = os.path.realpath(file) if file.is_symlink() else f"{folders[file.parent]}/{file.name}"
         if (other := seen.setdefault(real, file)) != file:
-            raise CptainError(
-                f"data.input: {other} and {file} are one file, {real}: take one name away"
-            )
+            raise CptainError(f"data.input: {other} and {file} are one file, {real}: take one name away")
 
 
 def input_files(patterns: list[str]) -> dict[str, Path]:

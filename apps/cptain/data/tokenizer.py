@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,6 +51,8 @@ _FILES = (
 )
 # And what else belongs to a tokenizer: templates, which decide none, and the files of formats that it was made from.
 _BESIDE = ("chat_template*", "*.model", "*.tiktoken", "vocab.*")
+_SENTENCEPIECE, _TEKKEN = ("spiece.model", "tokenizer.model"), "tekken.json"
+_SENTENCEPIECE_NEEDS = ("protobuf", "sentencepiece", "tiktoken")
 _PROBES = (
     *("", " ", "a", "\n", "\r\n\t \x00\x7f", " " * 500 + "y", "x" * 3000, "Hello  world\n\n 123456 I'm  we'LL"),
     *(
@@ -85,6 +87,30 @@ def is_tokenizer_file(name: str) -> bool:
     return name in _FILES or (not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in _BESIDE))
 
 
+def _check_format(folder: Path) -> None:
+    """Refuse by name what transformers would fail at in many words: no tokenizer, or one that it cannot read here."""
+    if not has_tokenizer(folder):
+        if (folder / _TEKKEN).is_file():
+            raise CptainError(
+                f"{folder / _TEKKEN}: Mistral's own format, which is not read: give model.tokenizer a folder with the "
+                "model's tokenizer.json"
+            )
+        raise CptainError(f"{folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
+    if (folder / "tokenizer.json").is_file() or not any((folder / name).is_file() for name in _SENTENCEPIECE):
+        return
+    if needed := [name for name in _SENTENCEPIECE_NEEDS if not _is_installed(name)]:
+        raise CptainError(
+            f"{folder}: its tokenizer is sentencepiece's alone, and reading it needs {', '.join(needed)}: "
+            "pip install 'cptain[sentencepiece]'"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(distribution))
+    return False
+
+
 @dataclass(frozen=True)
 class TokenizerFacts:
     """What transformers makes of a tokenizer's folder.
@@ -117,8 +143,7 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
         CptainError: no such folder, no tokenizer in it, or a tokenizer without EOS.
     """
     folder = model_folder(name)
-    if not has_tokenizer(folder):
-        raise CptainError(f"{folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
+    _check_format(folder)
     digest = tokenizer_hash(folder)
     file = cache / f"{digest}-{version('transformers')}.json" if cache else None
     if file is not None and file.is_file():
