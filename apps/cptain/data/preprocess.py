@@ -253,7 +253,7 @@ def preprocess(
     if not count_only:
         todo = _make_way(run.data_folder, todo, changed)
     if todo:
-        tokenizer = Tokenizer(run.tokenizer, backend=backend, facts=facts)
+        tokenizer = Tokenizer(run.tokenizer, cache, backend, facts)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:

@@ -31,6 +31,7 @@ import numpy.typing as npt
 import orjson
 
 from cptain import atomic
+from cptain.data.agreement import has_tables, split, unlike
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import model_folder
 
@@ -186,6 +187,7 @@ class Tokenizer:
         serialized = facts.tokenizer
         self._slow: Any = None
         self._fast: _Fast | None = None
+        self._unlike: frozenset[str] = frozenset()
         if serialized is None:
             self._slow, self.backend = _from_transformers(self.folder), "transformers, in Python: it has no fast form"
             return
@@ -204,6 +206,10 @@ class Tokenizer:
             try:
                 fast = load()
                 self._check_probes(fast)
+                if has_tables(serialized):
+                    versions = f"{name}-{version(name)}-tokenizers-{version('tokenizers')}"
+                    kept = cache / f"{facts.hash}-{versions}.json" if cache else None
+                    self._unlike = unlike(partial(_split_by, fast), self.exact, kept)
                 self._fast, self.backend = fast, f"{name} {version(name)}"
                 break
             except Exception as error:  # they say in many ways that they do not take a tokenizer
@@ -229,13 +235,17 @@ class Tokenizer:
         if self._fast is None:
             return _joined(self.exact(texts))
         ids, lengths = self._fast(texts)
-        unlike = [place for place, text in enumerate(texts) if _UNLIKE in text]
-        if unlike:
+        apart = [place for place, text in enumerate(texts) if self._is_unlike(text)]
+        if apart:
             parts = np.split(ids, np.cumsum(lengths)[:-1])
-            for place, exact in zip(unlike, self.exact([texts[place] for place in unlike]), strict=True):
+            for place, exact in zip(apart, self.exact([texts[place] for place in apart]), strict=True):
                 parts[place] = np.array(exact, dtype=np.uint32)
             return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
         return ids, lengths
+
+    def _is_unlike(self, text: str) -> bool:
+        """Whether the fast encoder may differ for a text."""
+        return _UNLIKE in text or not (text.isascii() or self._unlike.isdisjoint(text))
 
     def exact(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, by Hugging Face's own library."""
@@ -340,6 +350,10 @@ def _fastokens(serialized: str) -> _Fast:
         return np.frombuffer(flat, np.uint32), ends[1:] - ends[:-1]
 
     return encode
+
+
+def _split_by(fast: _Fast, texts: list[str]) -> list[list[int]]:
+    return split(*fast(texts))
 
 
 def _splintr(serialized: str) -> _Fast:
