@@ -133,7 +133,9 @@ def model(folder: Path, gigabytes: float) -> int:
         (folder / "config.json").write_text(json.dumps(config))
         # Peers take the size of the vocabulary from the tokenizer.
         words = {str(number): number for number in range(VOCABULARY)}
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        (folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "0"}'
+        )
         (folder / "tokenizer.json").write_text(
             json.dumps({"added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"}})
         )
@@ -293,9 +295,9 @@ def main() -> None:
                 measure(name, run(command, log), against)
                 os.sync()
                 verify = subprocess.run([*cptain, "verify", str(source), str(written)], capture_output=True, text=True)
-                if verify.returncode:
+                if verify.returncode:  # a peer's files beside the weights may differ
                     print(f"{name}: {verify.stderr}", file=sys.stderr)
-                same[name] = same.get(name, True) and not verify.returncode
+                same[name] = same.get(name, True) and (not verify.returncode or "tensors are equal" in verify.stderr)
 
         plain = measure("cp -r of the model, fsync", copy(source, folder / "copy", log), None)
         shutil.rmtree(folder / "copy")

@@ -4,14 +4,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import RunFileMaker, cptain, write_jsonl
 from cptain.data.epochs import check_epochs, exposures
+from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.recipe import Recipe
+from cptain.data.split import training_tokens
+from cptain.data.steps import train_steps
 from cptain.data.trained_on import other_data, trained_on
 from cptain.errors import CptainError
-from cptain.run_file import load_run
+from cptain.run_file import RunFile, load_run
+from cptain.training.documents import File
 from cptain.training.prepare import prepare
 
 RECIPE = Recipe("text", False, "fail", 1, "hash", 1, False)
@@ -25,28 +30,41 @@ def record(input: str, documents: int, tokens: int) -> Record:
 RECORDS = [record("/d/en/a.jsonl", 4, 3000), record("/d/en/b.jsonl", 1, 1000), record("/d/ja/c.jsonl", 2, 1000)]
 
 
+def load(file: Path) -> RunFile:
+    """A run whose data folder has the index of every file of RECORDS, its tokens shared out among its documents."""
+    run = load_run(file)
+    for one in RECORDS:
+        pair = run.data_folder / one.prefix
+        pair.parent.mkdir(parents=True, exist_ok=True)
+        lengths = np.full(one.documents, one.tokens // one.documents, dtype=np.int32)
+        writer = IndexedDatasetWriter(Path(f"{pair}.bin"), np.uint16)
+        writer.add(EncodedDocuments(np.zeros(one.tokens, np.uint16), lengths, np.ones(one.documents, np.int64)))
+        writer.write_index(Path(f"{pair}.idx"))
+    return run
+
+
 def last_line(output: str) -> str:
     return output.strip().splitlines()[-1]
 
 
 def test_epochs_are_counted_by_part_of_the_mix(make_run: RunFileMaker) -> None:
-    """A step of the tests' run is 512 tokens, and nine tenths of the data are to train on."""
-    (every,) = exposures(load_run(make_run()), RECORDS, 100)
-    assert (every.documents, every.tokens, every.share, every.epochs) == (7, 4500, 1, pytest.approx(51_200 / 4500))
-    files = exposures(load_run(make_run(data__mix="uniform")), RECORDS, 100)
-    assert [file.epochs for file in files] == pytest.approx([51_200 / 3 / 2700, 51_200 / 3 / 900, 51_200 / 3 / 900])
-    english, japanese = exposures(load_run(make_run(data__mix=TABLES)), RECORDS, 100)
-    assert (english.name, english.documents, english.tokens, english.share) == ("/d/en/*", 5, 3600, 0.75)
-    assert (japanese.tokens, japanese.share, japanese.epochs) == (900, 0.25, pytest.approx(12_800 / 900))
+    """A step of the tests' run is 512 tokens; of files so small, nine tenths of the documents are all of them."""
+    (every,) = exposures(load(make_run()), RECORDS, 100)
+    assert (every.documents, every.tokens, every.share, every.epochs) == (7, 5000, 1, pytest.approx(51_200 / 5000))
+    files = exposures(load(make_run(data__mix="uniform")), RECORDS, 100)
+    assert [file.epochs for file in files] == pytest.approx([51_200 / 3 / 3000, 51_200 / 3 / 1000, 51_200 / 3 / 1000])
+    english, japanese = exposures(load(make_run(data__mix=TABLES)), RECORDS, 100)
+    assert (english.name, english.documents, english.tokens, english.share) == ("/d/en/*", 5, 4000, 0.75)
+    assert (japanese.tokens, japanese.share, japanese.epochs) == (1000, 0.25, pytest.approx(12_800 / 1000))
 
 
 def test_the_part_that_is_seen_most_is_refused_with_its_tokens_epochs_and_the_key(make_run: RunFileMaker) -> None:
-    run = load_run(make_run(data__mix=TABLES, data__max_epochs=None))
+    run = load(make_run(data__mix=TABLES, data__max_epochs=None))
     check_epochs(run, exposures(run, RECORDS, 112), 112)
     with pytest.raises(CptainError) as refused:
         check_epochs(run, exposures(run, RECORDS, 200), 200)
     assert str(refused.value) == (
-        "data.max_epochs = 16: /d/ja/*: the 900 tokens to train on would be seen 28.4 times in 200 steps of 512 "
+        "data.max_epochs = 16: /d/ja/*: the 1,000 tokens to train on would be seen 25.6 times in 200 steps of 512 "
         "tokens: take more text, fewer steps or another data.mix, or allow it with data.max_epochs"
     )
 
@@ -72,7 +90,9 @@ def test_the_first_lines_of_a_training_tell_what_is_seen_and_how_often(
     make_ready_run: RunFileMaker, text_folder: Path, tmp_path: Path
 ) -> None:
     records = read_manifest(load_run(make_ready_run()).data_folder, load_run(make_ready_run()).data.input)
-    tokens = round(sum(record.tokens for record in records) * 0.9)
+    folder = load_run(make_ready_run()).data_folder
+    a, *sub = (training_tokens(folder, [record], "90,10,0") for record in records)
+    tokens = a + sum(sub)
     whole = prepare(load_run(make_ready_run()), cpu=True).lines
     assert whole == [
         f"{sum(record.documents for record in records)} documents, {tokens:,} tokens to train on; 8 steps of "
@@ -83,7 +103,6 @@ def test_the_first_lines_of_a_training_tell_what_is_seen_and_how_often(
     result = cptain("train", make_ready_run(data__mix=mix, train__script="nothing.py"), "--cpu")
     first, one, other, begins = result.output.splitlines()[:4]
     assert first.startswith("train: " + whole[0].partition(":")[0])
-    a, *sub = (record.tokens * 0.9 for record in records)
     assert first.endswith(f": 4.1k in all, {1024 / a:.3g} to {3072 / sum(sub):.3g} epochs")
     assert one.startswith(f"train:   {text_folder}/*.jsonl: 40 documents, ")
     assert one.endswith(f", 25.0% of what is trained on, {1024 / a:.3g} epochs")
@@ -112,3 +131,25 @@ def test_what_a_run_trains_on_is_a_value_that_tells_other_data(make_run: RunFile
     assert other_data(tables, trained_on(load_run(make_run(data__mix=thrice)), RECORDS)) == ""
     edited = trained_on(run, [replace(RECORDS[0], sha256="another"), *RECORDS[1:]])
     assert other_data(value, edited) == "other files, or other text in them, with the same counts"
+
+
+def test_an_epoch_is_every_token_that_megatron_trains_on_and_no_validation_is_said(
+    make_run: RunFileMaker, ready_run: Path, tmp_path: Path
+) -> None:
+    for number in range(6):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", [f"text {number} {one}" * (one + 1) for one in range(10)])
+    length = {"train__steps": None, "train__epochs": 1, "train__warmup_steps": 0, "train__seq_length": 8}
+    shared = str(load_run(ready_run).megatron_folder)
+    file = make_run(data__input=["in/*.jsonl"], data__split="970,30,0", model__megatron=shared, **length)
+    assert cptain("preprocess", file, "--workers", 1).exit_code == 0
+    run = load_run(file)
+    records = read_manifest(run.data_folder, run.data.input)
+    files = [File(str(run.data_folder / record.prefix)) for record in records]
+    trained_on = sum(int(one.lengths[part.start : part.stop].sum()) for one in files if (part := one.part((0.0, 0.97))))
+    assert trained_on == sum(record.tokens for record in records)
+    assert train_steps(run, records) == -(-trained_on // run.train.tokens_per_step)
+    lines = prepare(run, cpu=True).lines
+    assert lines[0].startswith(f"60 documents, {trained_on:,} tokens to train on; ")
+    assert lines[1].startswith("no validation: no file has a document in that part of data.split = 970,30,0, ")
+    halves = run.model_copy(update={"data": run.data.model_copy(update={"split": "50,50,0"})})
+    assert not any("no validation" in line for line in prepare(halves, cpu=True).lines)

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import RunFileMaker, as_if_trained, cptain
+from conftest import RunFileMaker, as_if_trained, cptain, write_run_file
 from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
 from huggingface_hub import ModelCard
@@ -41,7 +43,7 @@ def test_all_exports_every_complete_checkpoint_and_names_the_others(file: Path) 
     assert exported(file) == ["iter_0000001", "iter_0000002", "iter_0000030"]
     assert f"{load_run(file).checkpoints_folder / 'iter_0000003'}: incomplete, left out" in result.output
     again = cptain("export", file, "--iteration", "all")
-    assert again.output.count("is done and the checkpoint unchanged") == 3
+    assert again.output.count("is done: it is what would be written") == 3
 
 
 def test_all_of_nothing_is_one_line(make_run: RunFileMaker) -> None:
@@ -103,7 +105,7 @@ def test_other_options_or_a_damaged_export_are_exported_again(file: Path) -> Non
     def says(*options: object) -> bool:
         result = cptain("export", file, "--iteration", 1, *options)
         assert result.exit_code == 0
-        return "is done and the checkpoint unchanged" in result.output
+        return "is done: it is what would be written" in result.output
 
     assert not says()
     assert says()
@@ -235,3 +237,97 @@ def test_a_card_of_the_base_that_cannot_be_read_is_no_obstacle(file: Path, model
     base = Path(shutil.copytree(model, tmp_path / "base"))
     (base / "README.md").write_bytes(b"---\n\xff: [\n---\n")
     assert "license" not in ModelCard.load(export(file, "--set", f"model.hf='{base}'") / "README.md").data.to_dict()
+
+
+def change(name: str, **values: object) -> Callable[[Path], None]:
+    """Set keys of a JSON file; None takes one away, and a dot leads into an object."""
+
+    def plant(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        for dotted, value in values.items():
+            *path, key = dotted.split("__")
+            target = content
+            for step in path:
+                target = target[step]
+            if value is None:
+                target.pop(key)
+            else:
+                target[key] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return plant
+
+
+def swap_two_ids(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = sorted(vocabulary)[200:202]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def lose_added_tokens(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = content["added_tokens"][:-1]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+BOTH_ROTATIONS = {"rope_theta": 1e4, "rope_parameters__rope_theta": 1e4}
+# What is planted in an export, and what verify says of it: beside the base model, and beside the checkpoint that it was
+# made of (None: a checkpoint does not hold it).
+FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
+    "rope_theta, in the words of 4": (change("config.json", rope_theta=1e4), "rope_theta: 10000.0 by", "rope_theta"),
+    "rope_theta, in the words of 5": (
+        change("config.json", rope_parameters__rope_theta=1e4),
+        "10000.0 by rope_parameters",
+        "rope_theta",
+    ),
+    "rope_theta, in both": (change("config.json", **BOTH_ROTATIONS), "rotary_base", "rope"),
+    "rope factor": (change("config.json", rope_scaling__factor=9.0), "factor: 9.0 by", "factor"),
+    "scaling removed": (change("config.json", rope_scaling=None), "rope_type: default by", "rope_type"),
+    "rms_norm_eps": (change("config.json", rms_norm_eps=1e-6), "norm_epsilon: 1e-06 ≠ 1e-05", "eps"),
+    "torch_dtype": (change("config.json", torch_dtype="float16"), "dtype", "dtype: float16 and float32"),
+    "dtype, in both": (change("config.json", torch_dtype="float16", dtype="float16"), "dtype", "dtype: float16, and"),
+    "max_position_embeddings": (
+        change("config.json", max_position_embeddings=99),
+        "max_position_embeddings",
+        "max_position_embeddings",
+    ),
+    "eos id": (change("config.json", eos_token_id=7), "eos_token_id: 7 ≠", None),
+    "attention_dropout": (change("config.json", attention_dropout=0.1), "attention_dropout: 0.1 ≠", None),
+    "generation_config": (change("generation_config.json", temperature=0.1), "temperature: 0.1 ≠ ", None),
+    "generation_config lost": (lambda folder: (folder / "generation_config.json").unlink(), "generation_config", None),
+    "two tokenizer ids swapped": (swap_two_ids, "tokenizer.json: differs", None),
+    "added_tokens lost": (lose_added_tokens, "tokenizer.json: differs", None),
+    "tokenizer_config lost": (lambda folder: (folder / "tokenizer_config.json").unlink(), "only in B", None),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(session_folder: Path, ready_run: Path, run_content: dict[str, Any]) -> tuple[Path, Path]:
+    """An export of what was converted, and the checkpoint."""
+    changes = {"model.megatron": str(ready_run.parent / "runs" / "run" / "megatron")}
+    file = write_run_file(session_folder / "faults", run_content, changes)
+    exported = as_if_trained(file)
+    assert cptain("export", file).exit_code == 0
+    return exported, load_run(file).checkpoints_folder / exported.name
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_what_is_wrong_in_an_export_whose_tensors_are_equal(
+    sound: tuple[Path, Path], model: Path, tmp_path: Path, fault: str
+) -> None:
+    plant, beside_the_base, beside_the_checkpoint = FAULTS[fault]
+    export, checkpoint = sound
+    folder = Path(shutil.copytree(export, tmp_path / "export"))
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    for side in (folder, base):
+        change("generation_config.json", eos_token_id=2)(side)
+    assert cptain("verify", folder, base).exit_code == 0
+    plant(folder)
+    result = cptain("verify", folder, base)
+    assert result.exit_code == 1
+    assert beside_the_base in result.output.splitlines()[-1]
+    result = cptain("verify", folder, checkpoint)
+    assert result.exit_code == (beside_the_checkpoint is not None), result.output
+    assert (beside_the_checkpoint or "") in result.output.splitlines()[-1]

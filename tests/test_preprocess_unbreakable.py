@@ -328,3 +328,29 @@ def test_ids_are_hugging_face_s_for_any_unicode(model: Path, capsys: pytest.Capt
     assert not differ, differ[:3]
     with capsys.disabled():
         print(f" {len(texts)} texts, {len(ids)} ids", end="")
+
+
+def test_a_folder_is_listed_as_often_for_many_files_as_for_few(
+    make_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listings(files: int) -> int:
+        file = make_run(data__input=["in/*.jsonl"], name=f"of-{files}")
+        (tmp_path / "in").mkdir(exist_ok=True)
+        for number in range(files):
+            (tmp_path / "in" / f"{number}.jsonl").write_text('{"text": "one"}\n')
+        listed: list[Path] = []
+
+        def noted(call: Any) -> Any:
+            def noting(folder: Any = ".") -> Any:
+                listed.append(Path(folder))
+                return call(folder)
+
+            return noting
+
+        with monkeypatch.context() as patch:
+            for name in ("listdir", "scandir"):
+                patch.setattr(os, name, noted(getattr(os, name)))
+            assert cptain("preprocess", file, "--workers", 1).exit_code == 0
+        return sum((file.parent / "runs") in (folder, *folder.parents) for folder in listed)
+
+    assert listings(3) == listings(30) > 0

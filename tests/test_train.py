@@ -17,6 +17,7 @@ import pytest
 from click.testing import Result
 from conftest import RunFileMaker, cptain, cptain_process, write_jsonl
 from cptain.checkpoint.tracker import read_tracker
+from cptain.data.split import training_tokens
 from cptain.data.steps import train_steps
 from cptain.errors import CptainError
 from cptain.megatron.log import parse_step, parse_validation, read_steps, train_logs
@@ -472,11 +473,11 @@ def test_steps_come_from_tokens_or_epochs(make_ready_run: RunFileMaker, ready_ru
     from cptain.data.manifest import read_manifest
 
     records = read_manifest(load_run(ready_run).data_folder, load_run(ready_run).data.input)
-    tokens = sum(record.tokens for record in records)
+    tokens = training_tokens(load_run(ready_run).data_folder, records, "90,10,0")
     run = load_run(make_ready_run(train__steps=None, train__tokens=64 * 8 * 10 + 1))
     assert train_steps(run, records) == 11
     run = load_run(make_ready_run(train__steps=None, train__epochs=2.0))
-    assert train_steps(run, records) == -(-int(2 * tokens * 0.9) // (64 * 8))
+    assert train_steps(run, records) == -(-2 * tokens // (64 * 8))
 
 
 def test_the_parameter_count_is_that_of_the_model(model: Path) -> None:

@@ -176,12 +176,14 @@ def export(
             shard_bytes,
         )
         config = _config_json(base, dtype)
-        if not force and _is_done(target, carried, reader.saved_at, writer, config):
-            print(f"export: {target} is done and the checkpoint unchanged", file=sys.stderr)
+        if not force and _is_done(target, carried, writer, config, workers):
+            reader.check_members(workers)
+            print(f"export: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
             return False
         began = time.monotonic()
         with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
             write_files(partial, writer.files, workers, progress.advance)
+            reader.check_members(workers)
             writer.finish(partial)
             for file in carried:
                 shutil.copyfile(file, partial / file.name)
@@ -222,12 +224,15 @@ def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bo
     return written
 
 
-def _is_done(target: Path, carried: list[Path], saved_at: int, writer: SafetensorsWriter, config: str) -> bool:
-    """Whether what would be written is there, and newer than the checkpoint."""
+def _is_done(target: Path, carried: list[Path], writer: SafetensorsWriter, config: str, workers: int) -> bool:
+    """Whether what would be written is there. What does not differ at once is read whole."""
     try:
         unchanged = (target / "config.json").read_text(encoding="utf-8") == config and (target / MODEL_CARD).exists()
         unchanged &= all(filecmp.cmp(file, target / file.name, shallow=False) for file in carried)
         unchanged &= {file.name for file in _tokenizer_files(target)} <= {file.name for file in carried}
-        return unchanged and target.stat().st_mtime_ns > saved_at and writer.is_written(target)
+        if not unchanged:
+            return False
+        with Progress("is it done", writer.bytes, "B") as progress:
+            return writer.is_written(target, workers, progress.advance)
     except OSError:
         return False

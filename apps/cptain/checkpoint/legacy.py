@@ -127,11 +127,6 @@ class LegacyReader(FolderFiles):
             if len(shape) != due or 0 in shape or (key.endswith(_GATED) and shape[0] % 2):
                 self._refuse(f"{key}: a part of shape {list(shape)}")
 
-    @property
-    def saved_at(self) -> int:
-        """When the checkpoint was complete, in nanoseconds since the epoch."""
-        return max(file.stat().st_mtime_ns for file in self.folder.glob(f"{_ANY_RANK}/{_FILE}"))
-
     def names(self) -> list[str]:
         """The keys of the model's tensors, as in a torch_dist checkpoint."""
         return list(self._parts)
@@ -167,10 +162,10 @@ class LegacyReader(FolderFiles):
             return
         parts = self._parts[key][layer or 0]
         if key.endswith(_WHOLE):
-            self._read_part(parts[0], first, buffer)
+            self._read_part(key, parts[0], first, buffer)
             for part in parts[1:]:
                 other = torch.empty_like(buffer)
-                self._read_part(part, first, other)
+                self._read_part(key, part, first, other)
                 if not torch.equal(buffer, other):
                     where = "" if layer is None else f" in layer {layer}"
                     raise CptainError(f"{self.folder}: {key}: the tensor-parallel ranks differ{where}")
@@ -178,18 +173,19 @@ class LegacyReader(FolderFiles):
             columns = buffer.view(stop - first, len(parts), -1)
             for rank, part in enumerate(parts):
                 rows = torch.empty_like(columns[:, rank], memory_format=torch.contiguous_format)
-                self._read_part(part, first, rows.view(-1))
+                self._read_part(key, part, first, rows.view(-1))
                 columns[:, rank] = rows
         else:
             row_bytes = len(buffer) // (stop - first)
             for run, begin, end in overlapping(_row_cuts(key, len(parts), parts[0][1].shape[0]), first, stop):
                 target = buffer[(begin - first) * row_bytes : (end - first) * row_bytes]
-                self._read_part(parts[run.part], run.first + begin - run.row, target)
+                self._read_part(key, parts[run.part], run.first + begin - run.row, target)
 
-    def _read_part(self, part: tuple[str, SavedTensor], first: int, buffer: torch.Tensor) -> None:
+    def _read_part(self, key: str, part: tuple[str, SavedTensor], first: int, buffer: torch.Tensor) -> None:
         """Rows of one rank's part, from `first`, as many as the buffer holds."""
         name, place = part
-        self.read_into(buffer, name, place.begin + first * prod(place.shape[1:]) * place.dtype.itemsize)
+        at = place.begin + first * prod(place.shape[1:]) * place.dtype.itemsize
+        self.read_member(buffer, name, at, place.storage, key)
 
 
 def _row_cuts(key: str, ranks: int, rows: int) -> list[Run]:

@@ -8,8 +8,9 @@ the tensor in hand. Nothing a header says is believed before it is checked again
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import row_ranges
-from cptain.checkpoint.streaming import FilePlan, Fill, Rows
+from cptain.checkpoint.streaming import Buffers, FilePlan, Fill, Rows, in_threads, same_bits
 from cptain.errors import CptainError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -189,18 +190,34 @@ class SafetensorsWriter:
             self._weight_map |= {name: file for name, _, _ in members}
             self.files.append(_plan_shard(file, members, dtype))
 
-    def is_written(self, folder: Path) -> bool:
-        """Whether `folder` has these shards, as far as their headers and sizes say, and their index.
+    def is_written(self, folder: Path, workers: int, advance: Callable[[int, str], None]) -> bool:
+        """Whether `folder` has these shards and their index, byte for byte: nothing less tells a shard of an earlier
+        checkpoint from this one's.
+
+        Args:
+            folder: an export.
+            workers: threads.
+            advance: told the bytes that were compared since it was last called, and of which tensor.
 
         Raises:
             OSError: a file that is not there.
+            CptainError: rows that cannot be read where they come from.
         """
         for plan in self.files:
             ((_, header),) = plan.pieces
             with open(folder / plan.name, "rb") as raw:
                 if os.fstat(raw.fileno()).st_size != plan.bytes or raw.read(len(header)) != header:
                     return False
-        return (folder / INDEX).read_text(encoding="utf-8") == self._index()
+        if (folder / INDEX).read_text(encoding="utf-8") != self._index():
+            return False
+        with FolderFiles(folder) as files:
+            tasks = [partial(_is_there, files, plan.name, rows) for plan in self.files for rows in plan.rows]
+            with in_threads(tasks, workers, buffers=2) as compared:
+                for rows, same in compared:
+                    if not same:
+                        return False
+                    advance((rows.stop - rows.first) * rows.row_bytes, rows.name)
+        return True
 
     def finish(self, folder: Path) -> None:
         """Write the index, for a single shard too: a loader then finds one layout, not two."""
@@ -209,6 +226,16 @@ class SafetensorsWriter:
     def _index(self) -> str:
         index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         return json.dumps(index, indent=2) + "\n"
+
+
+def _is_there(files: FolderFiles, name: str, rows: Rows, buffers: Buffers) -> tuple[Rows, bool]:
+    """Whether the rows stand where they would be written in the file `name`."""
+    for first, stop, (due, found) in buffers.row_ranges(rows.first, rows.stop, rows.row_bytes):
+        rows.fill(first, stop, due)
+        files.read_into(found, name, rows.offset + (first - rows.first) * rows.row_bytes)
+        if not same_bits(due, found):
+            return rows, False
+    return rows, True
 
 
 def _plan_shard(file: str, members: list[tuple[str, tuple[int, ...], Fill]], dtype: torch.dtype) -> FilePlan:

@@ -15,7 +15,9 @@ is read runs nothing (see `torch_save`), and is checked before it is believed: a
 import io
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
-from cptain.checkpoint.streaming import FilePlan, Fill, Rows
+from cptain.checkpoint.streaming import Buffers, FilePlan, Fill, Rows, in_threads
 from cptain.checkpoint.torch_save import (
     SavedArchive,
     SavedTensor,
@@ -259,6 +261,8 @@ class TorchDistReader(FolderFiles):
             offset = getattr(index, "offset", None)  # an object's index has none
             offset = None if offset is None else numbers(offset)
             places[_printable(index.fqn), offset] = _read_place(info)
+        if len(set(places.values())) < len(places):
+            raise ValueError("two of its chunks or objects lie at one place")
         self._tensors: dict[str, _Tensor] = {}
         self._objects: dict[str, _Place] = {}
         for key, entry in metadata.state_dict_metadata.items():
@@ -269,7 +273,7 @@ class TorchDistReader(FolderFiles):
             elif not _printable(key).startswith(_NOT_THE_MODEL):
                 self._tensors[key] = _read_tensor(key, entry, places)
         self._by_layer: dict[str, dict[int, list[_Chunk]]] = {}
-        self._begins: dict[_Place, int] = {}
+        self._found: dict[_Place, SavedTensor] = {}
         self._sizes: dict[str, int] = {}
         for place in places.values():
             self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
@@ -285,9 +289,9 @@ class TorchDistReader(FolderFiles):
             except OSError as error:
                 raise CptainError(f"{file}: cannot be read: {one_line(error)}") from error
 
-    def _object(self, name: str, place: _Place) -> Any:
+    def _object(self, name: str, place: _Place, whole: bool = False) -> Any:
         try:
-            return SavedArchive(self.descriptor(place.file), place.offset, place.length).content
+            return SavedArchive(self.descriptor(place.file), place.offset, place.length, whole).content
         except ValueError as error:
             raise CptainError(f"{self.folder / place.file}: {name}: {one_line(error)}") from error
 
@@ -295,18 +299,33 @@ class TorchDistReader(FolderFiles):
         """Look through every pickle of the checkpoint, for Megatron itself will load them.
 
         Raises:
-            CptainError: one asks for a name that is not allowed.
+            CptainError: one asks for a name that is not allowed, or is damaged.
         """
         for name, place in self._objects.items():
-            self._object(name, place)
+            self._object(name, place, whole=True)
         for key, tensor in self._tensors.items():
             for chunk in tensor.chunks:
                 self._find(key, tensor, chunk)
 
+    def check_tensors(self, workers: int, advance: Callable[[int], None]) -> None:
+        """Read the model's tensors, in threads, and check them: Megatron loads them without asking for their checksums.
+
+        Raises:
+            CptainError: one is not what was written.
+        """
+
+        def check(key: str, tensor: _Tensor, chunk: _Chunk, buffers: Buffers) -> int:
+            return self.check_member(chunk.place.file, self._find(key, tensor, chunk).storage, key, buffers)
+
+        tasks = [partial(check, key, tensor, chunk) for key, tensor in self._tensors.items() for chunk in tensor.chunks]
+        with in_threads(tasks, workers, buffers=1) as checked:
+            for count in checked:
+                advance(count)
+
     @property
-    def saved_at(self) -> int:
-        """When the checkpoint was complete, in nanoseconds since the epoch."""
-        return (self.folder / ".metadata").stat().st_mtime_ns
+    def bytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors.values())
 
     def names(self) -> list[str]:
         """The keys of the model's tensors: those of the optimizer, the schedule and the random states are left out."""
@@ -343,9 +362,10 @@ class TorchDistReader(FolderFiles):
             box = (slice(at, at + extent) for at, extent in zip(offset[1:], shape[1:], strict=True))
             part = target[(slice(begin - first, end - first), *box)]
             rows = begin - offset[0] + (0 if layer is None else (layer - chunk.offset[0]) * shape[0])
-            at = self._find(key, tensor, chunk) + rows * prod(shape[1:]) * tensor.dtype.itemsize
+            found = self._find(key, tensor, chunk)
+            at = found.begin + rows * prod(shape[1:]) * tensor.dtype.itemsize
             whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
-            self.read_into(whole.view(-1).view(torch.uint8), chunk.place.file, at)
+            self.read_member(whole.view(-1).view(torch.uint8), chunk.place.file, at, found.storage, key)
             if whole is not part:
                 part.copy_(whole)
 
@@ -358,20 +378,18 @@ class TorchDistReader(FolderFiles):
             self._by_layer[key] = found
         return self._by_layer[key].get(layer, [])
 
-    def _find(self, key: str, tensor: _Tensor, chunk: _Chunk) -> int:
-        """The byte of its file at which a chunk's values begin."""
+    def _find(self, key: str, tensor: _Tensor, chunk: _Chunk) -> SavedTensor:
+        """Where a chunk's values lie in its file."""
         place = chunk.place
-        if (begin := self._begins.get(place)) is not None:
-            return begin
+        if (saved := self._found.get(place)) is not None:
+            return saved
         try:
             archive = SavedArchive(self.descriptor(place.file), place.offset, place.length)
             saved = archive.find(archive.content)
             if (saved.shape, saved.dtype) != (chunk.shape, tensor.dtype):
-                found, due = (
-                    f"{list(one.shape)} {one.dtype}" for one in (saved, SavedTensor(tensor.dtype, chunk.shape, 0))
-                )
-                raise ValueError(f"a chunk of {found} where {_METADATA} has {due}")
+                found = f"{list(saved.shape)} {saved.dtype}"
+                raise ValueError(f"a chunk of {found} where {_METADATA} has {list(chunk.shape)} {tensor.dtype}")
         except ValueError as error:
             raise CptainError(f"{self.folder / place.file}: {key}: {one_line(error)}") from error
-        self._begins[place] = saved.begin
-        return saved.begin
+        self._found[place] = saved
+        return saved

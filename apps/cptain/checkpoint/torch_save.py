@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 
+from cptain.checkpoint.checksums import Member
 from cptain.errors import one_line
 
+_PIECE = 1 << 20  # bytes of a member that are checked at once
 _LONGEST_READ = 64 << 20  # bytes of a zip directory or of a pickle: those of real checkpoints are far smaller
 
 
@@ -214,15 +216,20 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A contiguous tensor in a `torch.save` archive: what it is, and the byte of the file at which its values begin."""
+    """A contiguous tensor in a `torch.save` archive: what it is, the byte of the file at which its values begin, and
+    the storage that holds them."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
+    storage: Member
 
 
 class SavedArchive:
     """A `torch.save` archive at `offset` of a file, of `length` bytes, its storages left where they are.
+
+    Args:
+        whole: check the storages' checksums too, and not only those of the small members.
 
     Attributes:
         content: what its pickle holds, see `load_pickle`.
@@ -231,13 +238,16 @@ class SavedArchive:
         ValueError: no such archive, or see `load_pickle`.
     """
 
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+    def __init__(self, descriptor: int, offset: int, length: int, whole: bool = False) -> None:
         self._descriptor, self._offset, self._length = descriptor, offset, length
         try:
             with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
                 self._members: dict[str, list[zipfile.ZipInfo]] = {}
                 for info in archive.infolist():  # whose names all begin with a folder of the archive's own
                     self._members.setdefault(info.filename.split("/", 1)[-1], []).append(info)
+                for name in self._members:
+                    if whole or not name.startswith("data/"):
+                        self._check(archive, self._member(name))
                 self.content = load_pickle(archive.read(self._member("data.pkl")))
         except Exception as error:
             raise ValueError(one_line(error)) from error
@@ -245,10 +255,17 @@ class SavedArchive:
     def _member(self, name: str) -> zipfile.ZipInfo:
         found = self._members.get(name, [])
         if len(found) != 1:
-            raise ValueError(f"it has {len(found)} members {name}")
+            raise ValueError(f"it has {len(found)} members {ascii(name)[1:-1][:80]}")
         if found[0].compress_type != zipfile.ZIP_STORED or found[0].compress_size != found[0].file_size:
-            raise ValueError(f"{name} is compressed")
+            raise ValueError(f"{ascii(name)[1:-1][:80]} is compressed")
         return found[0]
+
+    @staticmethod
+    def _check(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+        """Raise zipfile.BadZipFile where a member is not that of its CRC-32."""
+        with archive.open(member) as content:
+            while content.read(_PIECE):
+                pass
 
     def find(self, tensor: Any) -> SavedTensor:
         """Where the values of a tensor of the content lie, without their being read.
@@ -285,7 +302,9 @@ class SavedArchive:
             raise ValueError("a storage that lies outside its archive")
         if (first + prod(shape)) * dtype.itemsize > member.file_size:
             raise ValueError("a storage that is smaller than its tensor")
-        return SavedTensor(dtype, shape, self._offset + begin + first * dtype.itemsize)
+        begin += self._offset
+        storage = Member(begin, begin + member.file_size, member.CRC)
+        return SavedTensor(dtype, shape, begin + first * dtype.itemsize, storage)
 
 
 class _Storage:

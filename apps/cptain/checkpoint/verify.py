@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from cptain import __version__, atomic
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Shape
+from cptain.checkpoint.model_files import differences, dtype_differences
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
-from cptain.checkpoint.streaming import Buffers, Fill, in_threads
+from cptain.checkpoint.streaming import Buffers, Fill, in_threads, same_bits
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import TRACKER, iteration_folder, read_tracker
 from cptain.errors import CptainError
-from cptain.model.architecture import Architecture, read_architecture, read_config
+from cptain.model.architecture import Architecture, read_architecture
 from cptain.progress import Progress
 
 LOGITS_TOLERANCE = 1e-5  # of the largest logit, or of 1 where that is smaller: fp32's rounding through a model
@@ -141,13 +141,6 @@ def _compare_rows(name: str, a: _Tensor, b: _Tensor, first: int, stop: int, buff
     return part
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two flat tensors of uint8 are equal."""
-    whole = len(a) // 8 * 8
-    wide = (tensor[:whole].numpy().view(np.int64) for tensor in (a, b))
-    return np.array_equal(*wide) and np.array_equal(a[whole:].numpy(), b[whole:].numpy())
-
-
 @dataclass
 class _Part:
     """What was found in rows of a tensor."""
@@ -257,6 +250,18 @@ def _print_table(rows: list[Difference]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def _beside(folders: list[Path], sides: list[dict[str, _Tensor]]) -> list[str]:
+    """How what stands beside the weights differs: of a Megatron checkpoint, the dtype alone is left to be compared."""
+    if all(map(_is_hf, folders)):
+        return differences(*folders)
+    return [
+        line
+        for folder, side in zip(folders, sides, strict=True)
+        if _is_hf(folder)
+        for line in dtype_differences(folder, {tensor.dtype for tensor in side.values()})
+    ]
+
+
 def _record(folder: Path, record: dict[str, Any]) -> None:
     """Write verify.json, whose paths are relative to the folder: it may be published. A quick look replaces no full
     comparison."""
@@ -282,9 +287,7 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
     """
     folders = [resolve(a), resolve(b)]
     readers = [SafetensorsReader(folder) if _is_hf(folder) else open_megatron(folder) for folder in folders]
-    for folder in filter(_is_hf, folders):
-        read_config(folder)
-    architecture = next((read_architecture(folder) for folder in folders if _is_hf(folder)), None)
+    architecture = next(iter([read_architecture(folder) for folder in folders if _is_hf(folder)]), None)
     if logits and architecture is None:
         raise CptainError(
             "--logits: one side must be a Hugging Face model, whose config.json describes the architecture"
@@ -302,8 +305,13 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
     sides = [tensors(reader, shared) for reader in readers]
     rows = compare_tensors(sides[0], sides[1], workers, sample)
     for reader in readers:
+        if not sample:  # which would read all of it
+            reader.check_members(workers)
         reader.close()
     _print_table(rows)
+    beside = _beside(folders, sides)
+    for line in ("", *beside) if beside else ():
+        click.echo(line)
     equal = sum(row.equal for row in rows)
     click.echo(f"\n{equal} of {len(rows)} tensors bit-equal" + (", as far as 1 MB of each shows" if sample else ""))
     record: dict[str, Any] = {
@@ -314,6 +322,7 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
         "tensors": len(rows),
         "equal": equal,
         "different": [row.name for row in rows if not row.equal],
+        "files": beside,
         "max_abs_difference": max((row.max_abs or 0.0 for row in rows), default=0.0),
     }
     if logits and architecture is not None:
@@ -329,6 +338,9 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
             )
     if equal != len(rows):
         raise CptainError(f"verify: {len(rows) - equal} of {len(rows)} tensors differ")
+    if beside:
+        more = f", and {len(beside) - 1} more" if len(beside) > 1 else ""
+        raise CptainError(f"verify: the tensors are equal, and the files beside them are not: {beside[0]}{more}")
     if logits and not record["logits"]["equal"]:
         raise CptainError(
             f"verify: the logits differ by {record['logits']['max_abs_difference']:.2g}, "

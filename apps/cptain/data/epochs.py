@@ -1,13 +1,13 @@
 """How often a training sees its data: a few documents trained on for thousands of epochs look like any other run.
 
-The tokens to train on are those of the files times the first weight of data.split: Megatron cuts every file at whole
-documents, so that a file of few has somewhat more or less.
+The tokens to train on are counted in the training part of every file (`cptain.data.split`).
 """
 
 from dataclasses import dataclass
 
 from cptain.data.blend import parts
 from cptain.data.manifest import Record
+from cptain.data.split import lacks_validation, training_tokens
 from cptain.errors import bad_usage
 from cptain.progress import human
 from cptain.run_file import RunFile
@@ -27,25 +27,28 @@ class Exposure:
 
     name: str
     documents: int
-    tokens: float
+    tokens: int
     share: float
     epochs: float
 
 
-def training_share(split: str) -> float:
-    """The part of the data that a data.split trains on, 0 to 1."""
-    weights = [float(weight) for weight in split.split(",")]
-    return weights[0] / sum(weights)
-
-
 def exposures(run: RunFile, records: list[Record], steps: int) -> list[Exposure]:
-    """What a training of so many steps sees, by part of data.mix. Errors are those of `cptain.data.blend.parts`."""
-    mixed = parts(run.data.mix, records)
-    weights, seen = sum(part.weight for part in mixed), steps * run.train.tokens_per_step
+    """What a training of so many steps sees, by part of data.mix; parts without a document to train on are left out.
+
+    Raises:
+        CptainError: no part has one; see also `cptain.data.blend.parts`.
+    """
+    seen = steps * run.train.tokens_per_step
+    counted = [
+        (part, training_tokens(run.data_folder, part.records, run.data.split)) for part in parts(run.data.mix, records)
+    ]
+    counted = [(part, tokens) for part, tokens in counted if tokens]
+    if not counted:
+        bad_usage(f"data.split = {run.data.split}: no file has a document in its training part: give that more")
+    weights = sum(part.weight for part, _ in counted)
     found = []
-    for part in mixed:
-        tokens, share = part.tokens * training_share(run.data.split), part.weight / weights
-        documents = sum(record.documents for record in part.records)
+    for part, tokens in counted:
+        documents, share = sum(record.documents for record in part.records), part.weight / weights
         found.append(Exposure(part.name, documents, tokens, share, seen * share / tokens))
     return found
 
@@ -84,17 +87,24 @@ def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, .
         f"{documents:,} documents, {_counted(tokens)} to train on; {steps:,} steps of "
         f"{run.train.tokens_per_step:,} tokens: {human(seen)} in all, {epochs} epochs"
     )
+    last: tuple[str, ...] = ()
+    if lacks_validation(run.data_folder, records, run.data.split):
+        last = (
+            f"no validation: no file has a document in that part of data.split = {run.data.split}, which is cut from "
+            "every file by itself",
+        )
     if not isinstance(run.data.mix, list):
-        return (first + (" a file" if len(found) > 1 else ""),)
-    return first, *(
+        return first + (" a file" if len(found) > 1 else ""), *last
+    lines = (
         f"  {part.name}: {part.documents:,} documents, {_counted(part.tokens)}, {part.share:.1%} of what is "
         f"trained on, {_number(part.epochs)} epochs"
         for part in found
     )
+    return first, *lines, *last
 
 
-def _counted(tokens: float) -> str:
-    return f"{round(tokens):,} tokens"
+def _counted(tokens: int) -> str:
+    return f"{tokens:,} tokens"
 
 
 def _number(epochs: float) -> str:

@@ -41,6 +41,18 @@ def _is_a_file_with_a_name(file: Path) -> None:
         raise CptainError(f"data.input: {os.fsencode(file)!r}: a name that is not UTF-8: rename it") from None
 
 
+def _are_different(files: list[Path]) -> None:
+    """Refuse one file under two names, as a folder that is reached through two links has them: it would count twice."""
+    folders: dict[Path, str] = {}
+    seen: dict[str, Path] = {}
+    for file in files:
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        real = os.path.realpath(file) if file.is_symlink() else f"{folders[file.parent]}/{file.name}"
+        if (other := seen.setdefault(real, file)) != file:
+            raise CptainError(f"data.input: {other} and {file} are one file, {real}: take one name away")
+
+
 def input_files(patterns: list[str]) -> dict[str, Path]:
     """The files that the globs match, by name: the path below the globs' common folder, suffix cut.
 
@@ -61,6 +73,7 @@ def input_files(patterns: list[str]) -> dict[str, Path]:
                 other = f": it is a folder: write {pattern}/**/*"
             raise CptainError(f"data.input: {pattern} matches no {', '.join(reader.SUFFIXES)} file{other}")
         matched.update(dict.fromkeys(wanted))
+    _are_different(sorted(matched))
     root = Path(os.path.commonpath([_fixed_part(pattern) for pattern in patterns]))
     by_name: dict[str, Path] = {}
     for file in sorted(matched):

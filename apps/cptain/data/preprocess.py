@@ -12,9 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from cptain.atomic import remove_stale_partials
@@ -25,6 +28,7 @@ from cptain.data.manifest import (
     FILE_NAME,
     Record,
     fingerprint,
+    lock_file,
     prefix_of,
     read_records,
     remove_record,
@@ -32,7 +36,7 @@ from cptain.data.manifest import (
 )
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.recipe import Recipe, recipe
-from cptain.data.tokenize_file import Read, Task, count_file, tokenize_file
+from cptain.data.tokenize_file import Read, Task, count_file, half_written, tokenize_file
 from cptain.data.tokenizer import Tokenizer, TokenizerFacts, tokenizer_facts
 from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.model.architecture import model_folder
@@ -158,13 +162,17 @@ def _work_through(
             yield work(task, tokenizer, cores(task), partial(meter.read, task.record.prefix))
         return
     queue = CONTEXT.SimpleQueue()
+    ended: SimpleQueue[Future[Record]] = SimpleQueue()  # wait() would look at every file that is left, for each
     with process_pool(processes, _begin_worker, work, tokenizer, cores, queue) as pool:
-        pending = {pool.submit(_worker, task) for task in sorted(tasks, key=lambda task: -task.record.bytes)}
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        for task in sorted(tasks, key=lambda task: -task.record.bytes):
+            pool.submit(_worker, task).add_done_callback(ended.put)
+        left = len(tasks)
+        while left:
             while not queue.empty():
                 meter.read(*queue.get())
-            for future in done:
+            with suppress(Empty):
+                future = ended.get(timeout=0.2)
+                left -= 1
                 yield future.result()
 
 
@@ -237,15 +245,15 @@ def preprocess(
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]
     changed = _changed_inside(done, workers) if verify_inputs else []
-    done = [record for record in done if record not in changed]
-    prefixes = {record.prefix for record in done}
+    prefixes = {record.prefix for record in done} - {record.prefix for record in changed}
+    done = [record for record in done if record.prefix in prefixes]
     todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
         print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
     if not count_only:
-        _make_way(run.data_folder, todo, changed)
+        todo = _make_way(run.data_folder, todo, changed)
     if todo:
-        tokenizer = Tokenizer(run.tokenizer, backend=backend, facts=facts)
+        tokenizer = Tokenizer(run.tokenizer, cache, backend, facts)
         print(f"preprocess: tokenizer: {tokenizer.backend}", file=sys.stderr)
         total = sum(task.record.bytes for task in tasks)
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
@@ -286,8 +294,11 @@ def _say_totals(records: list[Record], where: str) -> None:
     print(f"preprocess: {figures(records)}{where}", file=sys.stderr)
 
 
-def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> None:
+def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> list[Task]:
     """Take away what is no longer true once the work begins, or was left by work that was killed.
+
+    Returns:
+        The work, with what of it was begun.
 
     Raises:
         CptainError: see `refuse_if_in_use`.
@@ -295,12 +306,16 @@ def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> Non
     refuse_if_in_use(data_folder, [task.record.prefix for task in todo])
     for record in changed:
         remove_record(data_folder, record.prefix)
-    if begun := sum(1 for task in todo if task.half_written()):
-        print(f"preprocess: {begun} files were begun and not finished: done from their start", file=sys.stderr)
-    for folder in (data_folder, data_folder / ".tokenizer"):
+    begun = {pair for folder in {task.pair.parent for task in todo} for pair in half_written(folder)}
+    todo = [replace(task, begun=task.pair in begun) for task in todo]
+    if count := sum(task.begun for task in todo):
+        print(f"preprocess: {count} files were begun and not finished: done from their start", file=sys.stderr)
+    records = {lock_file(data_folder, task.record.prefix).parent for task in todo}
+    for folder in (data_folder, data_folder / ".tokenizer", *records):
         remove_stale_partials(folder)
     if todo:
         (data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again
+    return todo
 
 
 def _finish(run: RunFile, done: list[Record], left: int) -> None:

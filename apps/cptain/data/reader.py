@@ -28,6 +28,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".pa
 _READ = 1 << 18  # bytes of the file at once, where they are compressed; else four times as many
 _PIECE = 1 << 12  # of those, decompressed at once: few, because zstd may make 30,000 bytes of one
 _BLOCK = 8 << 20  # decompressed bytes, about, that are parsed and encoded together
+_LARGEST_WINDOW = 1 << 31  # of zstd: the format's on 64 bits (--long=31); memory is taken as a frame asks for it
 _ERRORS: tuple[Any, ...] = (
     zlib.error,
     isal_zlib.error,
@@ -123,7 +124,7 @@ def _new_decompressor(file: Path) -> _Decompressor | None:
     if file.name.endswith(".gz"):
         return isal_zlib.decompressobj(wbits=31)  # 31: gzip framing, checksum verified
     if file.name.endswith(".zst"):
-        return zstandard.ZstdDecompressor().decompressobj()
+        return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
     if file.name.endswith(".bz2"):
         return bz2.BZ2Decompressor()
     if file.name.endswith(".xz"):
@@ -131,10 +132,20 @@ def _new_decompressor(file: Path) -> _Decompressor | None:
     return None
 
 
+def _check_padding(file: Path, position: int, zeros: int, frames: int) -> None:
+    """Refuse zero bytes before a frame, which a disk leaves where it lost data; .xz alone has them between streams, by
+    fours (The .xz File Format, 2.2)."""
+    if zeros and not (file.suffix == ".xz" and frames and zeros % 4 == 0):
+        raise CptainError(
+            f"{file}: corrupt: {zeros} zero bytes before byte {position}, where a compressed frame begins"
+        )
+
+
 def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[bytes, int]]:
     """Decompressed bytes, with the bytes of the file itself that were read for them."""
     with open(file, "rb", buffering=0) as raw:
         decompressor, inside, position = _new_decompressor(file), False, 0
+        zeros = frames = 0
         while chunk := raw.read(_READ if decompressor else 4 * _READ):
             size = len(chunk)
             seen(chunk)
@@ -145,9 +156,13 @@ def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[b
                 piece = chunk[start : start + _PIECE]
                 length = untold = len(piece)
                 while piece:
-                    if not inside and not piece.strip(b"\0"):
-                        break  # zero padding behind the last frame, as tar and tape leave it
-                    inside = True
+                    if not inside:
+                        bare = piece.lstrip(b"\0")
+                        zeros += len(piece) - len(bare)
+                        if not (piece := bare):
+                            break  # zero padding behind the last frame, as tar and tape leave it
+                        _check_padding(file, position + length - len(piece), zeros, frames)
+                    inside, zeros = True, 0
                     try:
                         out = decompressor.decompress(piece)
                     except _ERRORS as error:
@@ -158,7 +173,7 @@ def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[b
                     untold = 0
                     if not decompressor.eof:
                         break
-                    piece = decompressor.unused_data
+                    piece, frames = decompressor.unused_data, frames + 1
                     decompressor, inside = _new_decompressor(file) or decompressor, False
                 position += length
                 if untold:
@@ -239,6 +254,8 @@ def _rows(file: Path, key: str, seen: Callable[[bytes], None]) -> Iterator[Block
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             if key not in table.schema_arrow.names:
                 raise CptainError(f'{file}: no column "{key}" (data.key): it has {", ".join(table.schema_arrow.names)}')
+            if table.schema_arrow.names.count(key) > 1:
+                raise CptainError(f'{file}: two columns "{key}" (data.key): which is meant cannot be said: rename one')
             rows = max(1, table.metadata.num_rows)
             groups = range(table.metadata.num_row_groups)
             total = sum(table.metadata.row_group(group).total_byte_size for group in groups)

@@ -2,8 +2,8 @@
 
 import math
 
-from cptain.data.epochs import training_share
 from cptain.data.manifest import Record
+from cptain.data.split import training_tokens
 from cptain.errors import CptainError
 from cptain.run_file import RunFile
 
@@ -12,7 +12,7 @@ def train_steps(run: RunFile, records: list[Record]) -> int:
     """Optimizer steps in all: as given, or from tokens or epochs, rounded up.
 
     Raises:
-        CptainError: warm-up longer than the training.
+        CptainError: warm-up longer than the training; no .idx file to count epochs by.
     """
     train = run.train
     if train.steps is not None:
@@ -21,7 +21,7 @@ def train_steps(run: RunFile, records: list[Record]) -> int:
         tokens, given = float(train.tokens), f"tokens = {train.tokens}"
     else:
         assert train.epochs is not None
-        tokens = train.epochs * sum(record.tokens for record in records) * training_share(run.data.split)
+        tokens = train.epochs * training_tokens(run.data_folder, records, run.data.split)
         given = f"epochs = {train.epochs:g}"
     steps = max(1, math.ceil(tokens / train.tokens_per_step))
     if train.warmup_steps >= steps:

@@ -6,14 +6,14 @@ so that what another process left half-written there can be removed, whichever h
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 
-from cptain.atomic import PARTIAL, atomic_file, remove_stale_partials
+from cptain.atomic import PARTIAL, atomic_file
 from cptain.data.encode import Encoded, Encoding, encoded
 from cptain.data.in_use import refuse_if_in_use
 from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
@@ -32,12 +32,14 @@ class Task:
         data_folder: where its pair goes.
         encoding: how it is encoded.
         force: do it again though it is done.
+        begun: something half-written of its pair was there before the work began.
     """
 
     record: Record
     data_folder: Path
     encoding: Encoding
     force: bool
+    begun: bool = False
 
     @property
     def pair(self) -> Path:
@@ -62,11 +64,23 @@ class Task:
             raise CptainError(f"{self.record.input}: {other.input} became {other.prefix} meanwhile: run it again")
         refuse_if_in_use(self.data_folder, [self.record.prefix])
 
-    def half_written(self) -> list[Path]:
-        """What a process that was killed has left, or one at work is writing."""
-        return list(self.pair.parent.glob(f".{escape(self.pair.name)}.*{PARTIAL}-*"))
+
+def half_written(folder: Path) -> dict[Path, list[Path]]:
+    """What processes that were killed have left in a folder, or some at work are writing, by pair.
+
+    A folder of 20,000 pairs is listed once, not for each of them.
+    """
+    found: dict[Path, list[Path]] = {}
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            final, partial, _ = name.removeprefix(".").partition(PARTIAL)
+            suffix = next((one for one in _SUFFIXES if final.endswith(one)), None)
+            if name.startswith(".") and partial and suffix:
+                found.setdefault(folder / final.removesuffix(suffix), []).append(folder / name)
+    return found
 
 
+_SUFFIXES = (".bin", ".idx", ".skipped.jsonl")
 _UNHASHED = 4  # chunks of the file that may wait for their hash
 
 Read = Callable[[int, int], None]
@@ -144,9 +158,8 @@ def tokenize_file(task: Task, tokenizer: Tokenizer, cores: int, read: Read) -> R
             return done
         task.refuse_if_taken()
         pair.parent.mkdir(parents=True, exist_ok=True)
-        for left in task.half_written():
+        for left in half_written(pair.parent).get(pair, ()) if task.begun else ():
             left.unlink(missing_ok=True)
-        remove_stale_partials(lock_file(task.data_folder, prefix).parent)
         remove_record(task.data_folder, prefix)
         skipped_file = Path(f"{pair}.skipped.jsonl")
         with ExitStack() as stack:

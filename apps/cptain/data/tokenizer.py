@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,6 +31,7 @@ import numpy.typing as npt
 import orjson
 
 from cptain import atomic
+from cptain.data.agreement import has_tables, split, unlike
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import model_folder
 
@@ -51,6 +52,8 @@ _FILES = (
 )
 # And what else belongs to a tokenizer: templates, which decide none, and the files of formats that it was made from.
 _BESIDE = ("chat_template*", "*.model", "*.tiktoken", "vocab.*")
+_SENTENCEPIECE, _TEKKEN = ("spiece.model", "tokenizer.model"), "tekken.json"
+_SENTENCEPIECE_NEEDS = ("protobuf", "sentencepiece", "tiktoken")
 _PROBES = (
     *("", " ", "a", "\n", "\r\n\t \x00\x7f", " " * 500 + "y", "x" * 3000, "Hello  world\n\n 123456 I'm  we'LL"),
     *(
@@ -85,6 +88,30 @@ def is_tokenizer_file(name: str) -> bool:
     return name in _FILES or (not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in _BESIDE))
 
 
+def _check_format(folder: Path) -> None:
+    """Refuse by name what transformers would fail at in many words: no tokenizer, or one that it cannot read here."""
+    if not has_tokenizer(folder):
+        if (folder / _TEKKEN).is_file():
+            raise CptainError(
+                f"{folder / _TEKKEN}: Mistral's own format, which is not read: give model.tokenizer a folder with the "
+                "model's tokenizer.json"
+            )
+        raise CptainError(f"{folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
+    if (folder / "tokenizer.json").is_file() or not any((folder / name).is_file() for name in _SENTENCEPIECE):
+        return
+    if needed := [name for name in _SENTENCEPIECE_NEEDS if not _is_installed(name)]:
+        raise CptainError(
+            f"{folder}: its tokenizer is sentencepiece's alone, and reading it needs {', '.join(needed)}: "
+            "pip install 'cptain[sentencepiece]'"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(distribution))
+    return False
+
+
 @dataclass(frozen=True)
 class TokenizerFacts:
     """What transformers makes of a tokenizer's folder.
@@ -117,8 +144,7 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
         CptainError: no such folder, no tokenizer in it, or a tokenizer without EOS.
     """
     folder = model_folder(name)
-    if not has_tokenizer(folder):
-        raise CptainError(f"{folder}: no tokenizer in this folder (looked for {', '.join(_FILES)})")
+    _check_format(folder)
     digest = tokenizer_hash(folder)
     file = cache / f"{digest}-{version('transformers')}.json" if cache else None
     if file is not None and file.is_file():
@@ -161,6 +187,7 @@ class Tokenizer:
         serialized = facts.tokenizer
         self._slow: Any = None
         self._fast: _Fast | None = None
+        self._unlike: frozenset[str] = frozenset()
         if serialized is None:
             self._slow, self.backend = _from_transformers(self.folder), "transformers, in Python: it has no fast form"
             return
@@ -179,6 +206,10 @@ class Tokenizer:
             try:
                 fast = load()
                 self._check_probes(fast)
+                if has_tables(serialized):
+                    versions = f"{name}-{version(name)}-tokenizers-{version('tokenizers')}"
+                    kept = cache / f"{facts.hash}-{versions}.json" if cache else None
+                    self._unlike = unlike(partial(_split_by, fast), self.exact, kept)
                 self._fast, self.backend = fast, f"{name} {version(name)}"
                 break
             except Exception as error:  # they say in many ways that they do not take a tokenizer
@@ -204,13 +235,17 @@ class Tokenizer:
         if self._fast is None:
             return _joined(self.exact(texts))
         ids, lengths = self._fast(texts)
-        unlike = [place for place, text in enumerate(texts) if _UNLIKE in text]
-        if unlike:
+        apart = [place for place, text in enumerate(texts) if self._is_unlike(text)]
+        if apart:
             parts = np.split(ids, np.cumsum(lengths)[:-1])
-            for place, exact in zip(unlike, self.exact([texts[place] for place in unlike]), strict=True):
+            for place, exact in zip(apart, self.exact([texts[place] for place in apart]), strict=True):
                 parts[place] = np.array(exact, dtype=np.uint32)
             return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
         return ids, lengths
+
+    def _is_unlike(self, text: str) -> bool:
+        """Whether the fast encoder may differ for a text."""
+        return _UNLIKE in text or not (text.isascii() or self._unlike.isdisjoint(text))
 
     def exact(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, by Hugging Face's own library."""
@@ -315,6 +350,10 @@ def _fastokens(serialized: str) -> _Fast:
         return np.frombuffer(flat, np.uint32), ends[1:] - ends[:-1]
 
     return encode
+
+
+def _split_by(fast: _Fast, texts: list[str]) -> list[list[int]]:
+    return split(*fast(texts))
 
 
 def _splintr(serialized: str) -> _Fast:

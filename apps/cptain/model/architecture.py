@@ -18,6 +18,7 @@ from cptain.model.families import FAMILIES
 _ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ROPE = ("factor", *_MEGATRON_LLAMA3_ROPE)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _refuse_two_rotations(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json in which transformers 4 and 5 would read different rotations.
+
+    Raises:
+        CptainError: names both.
+    """
+    five = config.get("rope_parameters")
+    if not five or not ("rope_theta" in config or "rope_scaling" in config):
+        return
+
+    def rotation(rope: dict[str, Any]) -> dict[str, Any]:
+        theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        return {"rope_theta": theta, "rope_type": kind} | {key: rope[key] for key in _LLAMA3_ROPE if key in rope}
+
+    four = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta") or 10000.0}
+    before, after = rotation(four), rotation(five)
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            raise CptainError(
+                f"{file}: {key}: {before.get(key)} by rope_theta and rope_scaling, which transformers 4 reads, and "
+                f"{after.get(key)} by rope_parameters, which 5 reads: make them say the same"
+            )
+
+
 def read_architecture(folder: Path) -> Architecture:
     """The architecture of the Hugging Face model in `folder`.
 
@@ -105,6 +131,7 @@ def read_architecture(folder: Path) -> Architecture:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         # transformers 5 keeps theta and the scaling together in rope_parameters, 4 apart in rope_theta and
         # rope_scaling.
+        _refuse_two_rotations(file, config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from cptain.data.blend import blend
 from cptain.data.manifest import Record, read_manifest
+from cptain.data.split import training_tokens
 from cptain.data.steps import train_steps
 from cptain.errors import bad_usage
 from cptain.run_file import RunFile
@@ -96,16 +97,12 @@ def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
 
 def _parts(run: RunFile, records: list[Record]) -> list[tuple[float, int]]:
     """Share and training tokens of each part of the blend, as `cptain.training.pretrain` builds them."""
-    split = [float(part) for part in run.data.split.split(",")]
-    bounds = (0.0, split[0] / sum(split))
-    weighted = [(weight, File(str(run.data_folder / record.prefix))) for weight, record in blend(run.data.mix, records)]
+    weighted = blend(run.data.mix, records)
+    of_prefix = {str(run.data_folder / record.prefix): record for _, record in weighted}
     parts = []
-    for weight, members in same_blend(weighted):
-        tokens = 0
-        for file in members:
-            part = file.part(bounds)
-            tokens += int(file.lengths[part.start : part.stop].sum())
-        if tokens:
+    for weight, members in same_blend([(weight, File(str(run.data_folder / one.prefix))) for weight, one in weighted]):
+        of_part = [of_prefix[file.prefix] for file in members]
+        if tokens := training_tokens(run.data_folder, of_part, run.data.split):
             parts.append((weight, tokens))
     total = sum(weight for weight, _ in parts)
     return [(weight / total, tokens) for weight, tokens in parts]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_HEADER = "<9sQBQQ"  # of an .idx file: see cptain.data.indexed_dataset
-_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
+from cptain.data.split import HEADER_BYTES, cut, read_lengths
+
 _OPEN_FILES = 256
 
 
@@ -31,10 +31,7 @@ class File:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        with open(f"{prefix}.idx", "rb") as file:
-            _, _, code, sequences, _ = struct.unpack(_HEADER, file.read(struct.calcsize(_HEADER)))
-            self.lengths = np.fromfile(file, dtype="<i4", count=sequences)
-        self.dtype = _DTYPES[code]
+        self.dtype, self.lengths = read_lengths(prefix)
 
     @property
     def tokens(self) -> int:
@@ -43,11 +40,11 @@ class File:
 
     def part(self, bounds: tuple[float, float]) -> range:
         """The sequences between two fractions of the file, rounded as Megatron rounds --split."""
-        return range(round(bounds[0] * len(self.lengths)), round(bounds[1] * len(self.lengths)))
+        return cut(bounds, len(self.lengths))
 
     def offset_in_idx(self, sequence: int) -> int:
         """Where the .idx file has the byte offset of a sequence."""
-        return struct.calcsize(_HEADER) + 4 * len(self.lengths) + 8 * sequence
+        return HEADER_BYTES + 4 * len(self.lengths) + 8 * sequence
 
 
 class Documents:

@@ -29,6 +29,7 @@ from cptain.training.nodes import read_nodes
 from cptain.training.outcome import Attempt, Ended, verdict
 from cptain.training.prepare import Command, deadline, prepare
 from cptain.training.record import TrainingRecord
+from cptain.training.start import check_weights
 from cptain.training.stopping import Stop
 
 _GRACE = 30.0  # seconds for torchrun to end its ranks after a second request
@@ -132,7 +133,8 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
         if (ends := deadline()) and ends <= time.time():
             raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
         attempt = Attempt(run, command.start)
-        if first:
+        if first:  # the others wait for it where they join
+            check_weights(run, command.start or None)
             attempt.begin()
             if command.repair_tracker:
                 write_tracker(run.checkpoints_folder, command.start or None)
