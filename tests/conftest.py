@@ -235,10 +235,16 @@ def make_ready_run(ready_run: Path, make_run: RunFileMaker) -> RunFileMaker:
     return make
 
 
+def say_iteration(file: Path, iteration: int) -> None:
+    """Let a file of a checkpoint's common state name this iteration."""
+    import torch
+
+    torch.save({**torch.load(file, weights_only=False), "iteration": iteration}, file)
+
+
 def as_if_trained(file: Path, *iterations: int) -> Path:
     """Put the converted checkpoint where training would have saved these iterations, by default 1; gives the folder of
     the last one's export."""
-    import torch
     from cptain.checkpoint.tracker import iteration_folder, write_tracker
     from cptain.run_file import load_run
 
@@ -246,8 +252,7 @@ def as_if_trained(file: Path, *iterations: int) -> Path:
     for iteration in iterations or (1,):
         folder = iteration_folder(run.checkpoints_folder, iteration)
         shutil.copytree(run.megatron_folder / "release", folder)
-        common = torch.load(folder / "common.pt", weights_only=False)
-        torch.save({**common, "iteration": iteration}, folder / "common.pt")
+        say_iteration(folder / "common.pt", iteration)
         write_tracker(run.checkpoints_folder, iteration)
     return run.hf_folder / folder.name
 

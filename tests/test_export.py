@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFileMaker, as_if_trained, cptain, write_run_file
+from conftest import RunFileMaker, as_if_trained, cptain, say_iteration, write_run_file
+from cptain.history import Start, write_history
 from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
 from huggingface_hub import ModelCard
@@ -75,7 +76,8 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(file: Path, model: 
     options = ("--set", f"model.hf='{other}'", "--set", f"model.megatron='{tmp_path}/megatron'")
     assert cptain("convert", file, *options).exit_code == 0
     shutil.rmtree(load_run(file).checkpoints_folder / "iter_0000001")
-    shutil.copytree(tmp_path / "megatron" / "release", load_run(file).checkpoints_folder / "iter_0000001")
+    folder = shutil.copytree(tmp_path / "megatron" / "release", load_run(file).checkpoints_folder / "iter_0000001")
+    say_iteration(folder / "common.pt", 1)
     result = cptain("export", file, "--iteration", 1, "--dtype", "float16", *options)
     assert result.exit_code == 1
     assert "model.norm.weight: has values that float16 cannot hold" in result.output
@@ -181,7 +183,12 @@ def test_the_model_card_names_the_base_on_the_hub_and_keeps_its_licence(
     (base / "README.md").write_text("---\nlicense: llama3.1\nlanguage: [ja, en]\nwidget: [x]\n---\nThe base.")
     for name in ("LICENSE", "USE_POLICY.md", "chat_template.jinja"):
         (base / name).write_text(name)
-    folder = export(file, "--set", f"model.hf='{base}'", "--set", "train.megatron_args=['--x', '/secret/path']")
+    run = load_run(file)
+    trained = run.model_dump(mode="json")
+    trained["train"]["megatron_args"] = ["--x", "/secret/path"]
+    layout = {"processes": 1, "nodes": 1, "tensor": 1, "pipeline": 1, "context": 1}
+    write_history(run.folder, [Start("", 0, 8, trained, {}, layout, {}, last=1)])
+    folder = export(file, "--set", f"model.hf='{base}'")
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "an-owner/A-Model-8B"
     assert card.data.license == "llama3.1"

@@ -14,7 +14,9 @@ from cptain.run_file import load_run
 
 
 def start(begin: int, last: int, **more: Any) -> Start:
-    return Start(began="", start=begin, run={}, data={}, layout={}, versions={}, last=last, saved=last, **more)
+    return Start(
+        began="", start=begin, steps=20, run={}, data={}, layout={}, versions={}, last=last, saved=last, **more
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_an_attempt_that_trains_nothing_changes_no_record(own_run: Path) -> None
 def test_the_card_says_what_trained_and_not_what_export_was_told(own_run: Path) -> None:
     run = load_run(own_run)
     before = (run.folder / "run.toml").read_bytes()
-    result = cptain("export", own_run, "--set", "train.lr=0.25", "--set", "train.global_batch_size=16")
+    result = cptain("export", own_run, "--set", "train.lr=0.25", "--set", "train.global_batch_size=16", "--force")
     assert result.exit_code == 0, result.output
     card = (run.hf_folder / "iter_0000008" / "README.md").read_text()
     assert "| learning rate | 0.001, cosine to 0.0001, 1 steps of warm-up |" in card
@@ -88,7 +90,7 @@ def test_the_card_tells_the_steps_of_each_where_training_changed_on_the_way(own_
     other = json.loads(json.dumps(one.run))
     other["train"]["lr"] = 5e-4
     write_history(run.folder, [dataclasses.replace(one, last=5, saved=4), dataclasses.replace(one, start=4, run=other)])
-    assert cptain("export", own_run).exit_code == 0
+    assert cptain("export", own_run, "--force").exit_code == 0  # a card that is there is kept
     card = (run.hf_folder / "iter_0000008" / "README.md").read_text()
     assert "0.001, cosine to 0.0001, 1 steps of warm-up (steps 1 to 4); 0.0005, cosine" in card
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFileMaker, cptain, write_run_file
+from conftest import RunFileMaker, cptain, say_iteration, write_run_file
 from cptain.checkpoint.legacy import LegacyReader
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import write_tracker
@@ -40,7 +40,10 @@ def legacy_run(
     result = cptain("train", file, "--cpu", "--set", f"train.megatron_args={json.dumps(words)}")
     assert "Megatron gave up before the first step" in result.output  # it saves what it loaded, and ends
     checkpoints = load_run(file).checkpoints_folder
+    checkpoints.mkdir(exist_ok=True)
     (target / "torch" / "iter_0000000").rename(checkpoints / "iter_0000001")
+    for part in checkpoints.glob("iter_0000001/*/*.pt"):
+        say_iteration(part, 1)
     write_tracker(checkpoints, 1)
     return file
 

@@ -26,6 +26,7 @@ class Start:
     Attributes:
         began: local time, ISO 8601.
         start: steps that were done before it.
+        steps: in all, as the run file asked then.
         run: the resolved run file.
         data: what it trains on (`cptain.data.blend`).
         layout: processes, nodes, and sizes of tensor, pipeline, context and data parallel.
@@ -40,6 +41,7 @@ class Start:
 
     began: str
     start: int
+    steps: int
     run: dict[str, Any]
     data: dict[str, Any]
     layout: dict[str, int]

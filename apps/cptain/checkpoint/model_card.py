@@ -68,7 +68,8 @@ def _described(start: Start) -> dict[str, str]:
 def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
     """What trained the steps 1 to `step`; where that changed on the way, with the steps of each."""
     done = stretches(read_history(run_folder), step)
-    rows = [("architecture", read_config(base)["architectures"][0]), ("steps", f"{step:,}")]
+    asked = f" of {done[-1][0].steps:,}" if done else ""
+    rows = [("architecture", read_config(base)["architectures"][0]), ("steps", f"{step:,}{asked}")]
     if not done:  # trained by another tool
         return rows
     train = done[-1][0].run["train"]  # neither of the two can change in a run

@@ -65,6 +65,7 @@ class TrainingRecord:
         return Start(
             began=self._began,
             start=command.start,
+            steps=command.steps,
             run=self._run.model_dump(mode="json", exclude_none=True),
             data=command.data,
             layout={"processes": command.processes, "nodes": command.node_count, **sizes},
