@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import RunFileMaker, as_if_trained
-from cptain.checkpoint.tracker import read_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import read_architecture
 from cptain.run_file import RunFile, load_run
@@ -49,10 +48,18 @@ def test_a_half_written_checkpoint_is_passed_over_and_named(run: RunFile) -> Non
     assert begins.lines[1].endswith("iter_0000003, the last whole checkpoint")
 
 
-def test_what_the_tracker_does_not_name_yet_is_trained_again(run: RunFile) -> None:
+def test_what_the_tracker_does_not_name_yet_is_trained_again_and_said(run: RunFile) -> None:
     (run.checkpoints_folder / "latest_checkpointed_iteration.txt").write_text("3")
-    assert found(run) == Beginning(3, [])
-    assert read_tracker(run.checkpoints_folder) == 3
+    begins = found(run)
+    assert (begins.iteration, begins.repair_tracker) == (3, False)
+    assert begins.lines == [
+        f"{run.checkpoints_folder}/iter_0000006: not named by latest_checkpointed_iteration.txt: left out, and written "
+        "again"
+    ]
+    (run.checkpoints_folder / "iter_0000006" / "metadata.json").unlink()
+    (line,) = found(run).lines
+    assert "iter_0000006: not a complete torch_dist checkpoint" in line
+    assert line.endswith(": left out, and written again")
 
 
 def test_a_training_that_was_killed_in_its_first_save_begins_again(run: RunFile) -> None:

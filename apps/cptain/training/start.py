@@ -62,7 +62,8 @@ def beginning(run: RunFile, architecture: Architecture) -> Beginning:
             reader.check_objects()
             same_layout = _sizes(saved_arguments(reader.common)) == (run.parallel.tensor, run.parallel.pipeline)
         if iteration == named:
-            return Beginning(iteration, [], same_layout=same_layout)
+            later = [one for one in reversed(there) if one > iteration]
+            return Beginning(iteration, _left_out(root, later), same_layout=same_layout)
         why = passed if named is not None else [str(unreadable or f"{root / TRACKER}: missing"), *passed]
         lines = [*why, f"continuing from {reader.folder}, the last whole checkpoint"]
         return Beginning(iteration, lines, repair_tracker=True, same_layout=same_layout)
@@ -86,6 +87,18 @@ def check_weights(run: RunFile, iteration: int | None) -> None:
     folder = iteration_folder(root, read_tracker(root) if iteration is None else iteration)
     with TorchDistReader(folder) as reader, Progress("check the weights", reader.bytes, "B") as progress:
         reader.check_tensors(min(_THREADS, len(os.sched_getaffinity(0))), progress.advance)
+
+
+def _left_out(root: Path, iterations: list[int]) -> list[str]:
+    """What a training that was killed amid a save has left: folders that the tracker never named."""
+    lines = []
+    for iteration in iterations:
+        try:
+            TorchDistReader(iteration_folder(root, iteration)).close()
+            lines.append(f"{iteration_folder(root, iteration)}: not named by {TRACKER}: left out, and written again")
+        except CptainError as error:
+            lines.append(f"{error}: left out, and written again")
+    return lines
 
 
 def _sizes(arguments: dict[str, Any]) -> tuple[Any, Any]:
