@@ -259,7 +259,7 @@ def ranks(host: str) -> list[int]:
 def test_a_killed_rank_ends_its_job_and_a_deleted_job_is_followed_by_the_next(
     scheduler: Cluster, make_submitted: RunMaker
 ) -> None:
-    submitted = make_submitted(scheduler, train__steps=150, train__save_interval=40, jobs__chain=3)
+    submitted = make_submitted(scheduler, train__steps=500, train__save_interval=40, jobs__chain=3)
     jobs = submitted.submit()
     submitted.wait_for_step(1)
     killed_at = time.monotonic()
@@ -280,7 +280,7 @@ def test_a_killed_rank_ends_its_job_and_a_deleted_job_is_followed_by_the_next(
     assert states["train.2"] == "deleted"
     assert states["train.3"] == states["export"] == "done", submitted.said()
     assert "train: from step " in submitted.said("train")
-    assert saved_step(submitted.run) == 150
+    assert saved_step(submitted.run) == 500
     assert not ranks("node0")
     assert not ranks("node1")
 

@@ -2,7 +2,8 @@
 
 All are one decoder: RMSNorm, rotary positions over whole heads, grouped-query attention, a gated SiLU MLP, no biases
 but those named here. A new family of that kind is an entry of `FAMILIES`; a part that none has yet is also a rule in
-`cptain.checkpoint.mapping`, a flag in `cptain.training.flags` and a field of `cptain.model.architecture.Architecture`.
+`cptain.checkpoint.mapping`, a fact in `cptain.model.arguments` and a field of
+`cptain.model.architecture.Architecture`.
 """
 
 from collections.abc import Mapping
