@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from cptain.atomic import atomic_folder, remove_stale_partials
-from cptain.checkpoint.legacy import is_legacy, open_megatron
+from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import rules
 from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
+from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import iteration_folder, read_tracker
 from cptain.data.check import check_tokenizer
 from cptain.data.manifest import read_manifest
@@ -181,20 +182,33 @@ def export(
             print(f"export: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
             return False
         began = time.monotonic()
-        with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
-            write_files(partial, writer.files, workers, progress.advance)
-            reader.check_members(workers)
-            writer.finish(partial)
-            for file in carried:
-                shutil.copyfile(file, partial / file.name)
-            (partial / "config.json").write_text(config, encoding="utf-8")
-            card = b""
-            if not force:  # it may have been edited
-                with suppress(FileNotFoundError):
-                    card = (target / MODEL_CARD).read_bytes()
-            (partial / MODEL_CARD).write_bytes(card or model_card(run, base, iteration).encode())
+        card = b""
+        if not force:  # it may have been edited
+            with suppress(FileNotFoundError):
+                card = (target / MODEL_CARD).read_bytes()
+        card = card or model_card(run, base, iteration).encode()
+        _write(target, reader, writer, workers, carried, {"config.json": config.encode(), MODEL_CARD: card})
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return True
+
+
+def _write(
+    target: Path,
+    reader: TorchDistReader | LegacyReader,
+    writer: SafetensorsWriter,
+    workers: int,
+    carried: list[Path],
+    texts: dict[str, bytes],
+) -> None:
+    """Write an export whole: the weights, the files that are carried over, and those of its own by name."""
+    with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
+        write_files(partial, writer.files, workers, progress.advance)
+        reader.check_members(workers)
+        writer.finish(partial)
+        for file in carried:
+            shutil.copyfile(file, partial / file.name)
+        for name, content in texts.items():
+            (partial / name).write_bytes(content)
 
 
 def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bool:

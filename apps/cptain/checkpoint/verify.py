@@ -288,19 +288,9 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
     folders = [resolve(a), resolve(b)]
     readers = [SafetensorsReader(folder) if _is_hf(folder) else open_megatron(folder) for folder in folders]
     architecture = next(iter([read_architecture(folder) for folder in folders if _is_hf(folder)]), None)
-    if logits and architecture is None:
-        raise CptainError(
-            "--logits: one side must be a Hugging Face model, whose config.json describes the architecture"
-        )
-    if logits and any(isinstance(reader, LegacyReader) for reader in readers):
-        raise CptainError(
-            "--logits: not of a legacy torch checkpoint: its tensors can be compared, and its export's logits"
-        )
-    shared = None if all(map(_is_hf, folders)) else architecture
     if logits:
-        for reader in readers:
-            if isinstance(reader, TorchDistReader):
-                reader.check_objects()
+        _check_before_logits(readers, architecture)
+    shared = None if all(map(_is_hf, folders)) else architecture
     began = time.monotonic()
     sides = [tensors(reader, shared) for reader in readers]
     rows = compare_tensors(sides[0], sides[1], workers, sample)
@@ -336,14 +326,35 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
             _record(
                 folder, {**record, "a": os.path.relpath(folders[0], folder), "b": os.path.relpath(folders[1], folder)}
             )
-    if equal != len(rows):
-        raise CptainError(f"verify: {len(rows) - equal} of {len(rows)} tensors differ")
+    _verdict(len(rows) - equal, len(rows), beside, record.get("logits"))
+    print("verify: equal", file=sys.stderr)
+
+
+def _check_before_logits(
+    readers: "list[SafetensorsReader | TorchDistReader | LegacyReader]", architecture: Architecture | None
+) -> None:
+    """Refuse what no logits can be computed of, and pickles that Megatron must not open."""
+    if architecture is None:
+        raise CptainError(
+            "--logits: one side must be a Hugging Face model, whose config.json describes the architecture"
+        )
+    for reader in readers:
+        if isinstance(reader, LegacyReader):
+            raise CptainError(
+                "--logits: not of a legacy torch checkpoint: its tensors can be compared, and its export's logits"
+            )
+        if isinstance(reader, TorchDistReader):
+            reader.check_objects()
+
+
+def _verdict(different: int, tensors: int, beside: list[str], logits: dict[str, Any] | None) -> None:
+    """Raise the first reason why two checkpoints are not equal."""
+    if different:
+        raise CptainError(f"verify: {different} of {tensors} tensors differ")
     if beside:
         more = f", and {len(beside) - 1} more" if len(beside) > 1 else ""
         raise CptainError(f"verify: the tensors are equal, and the files beside them are not: {beside[0]}{more}")
-    if logits and not record["logits"]["equal"]:
+    if logits and not logits["equal"]:
         raise CptainError(
-            f"verify: the logits differ by {record['logits']['max_abs_difference']:.2g}, "
-            f"allowed {record['logits']['tolerance']:.2g}"
+            f"verify: the logits differ by {logits['max_abs_difference']:.2g}, allowed {logits['tolerance']:.2g}"
         )
-    print("verify: equal", file=sys.stderr)

@@ -83,13 +83,8 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def install() -> None:
-    """Replace what Megatron calls of torch.cuda, and keep from it what has kernels for GPUs alone."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    leave_out_gpu_kernels()
-    # From 2.12 on, torch's optimizers ask the accelerator that torch was built for whether it records a graph, once
-    # torch.cuda says that it is there: without a driver that is an error.
-    torch.accelerator.current_accelerator = lambda check_available=False: None
+def _cuda_answers() -> dict[str, Any]:
+    """What stands in for torch.cuda, by name."""
     properties = types.SimpleNamespace(
         major=0, minor=0, multi_processor_count=1, total_memory=_memory(), name="CPU", uuid="cpu"
     )
@@ -141,7 +136,17 @@ def install() -> None:
         "HalfTensor",
     ):
         answers[kind] = getattr(torch, kind)
-    for name, answer in answers.items():
+    return answers
+
+
+def install() -> None:
+    """Replace what Megatron calls of torch.cuda, and keep from it what has kernels for GPUs alone."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    leave_out_gpu_kernels()
+    # Optimizers of torch 2.13 and 2.14 (not of 2.11) ask the accelerator that torch was built for whether it records
+    # a graph, once torch.cuda says that it is there: without a driver that is an error.
+    torch.accelerator.current_accelerator = lambda check_available=False: None
+    for name, answer in _cuda_answers().items():
         setattr(torch.cuda, name, answer)
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 

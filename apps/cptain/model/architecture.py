@@ -103,6 +103,33 @@ def _refuse_two_rotations(file: Path, config: dict[str, Any]) -> None:
             )
 
 
+def _refuse(file: Path, key: str, value: Any, allowed: str) -> NoReturn:
+    raise CptainError(f"{file}: {key} = {json.dumps(value)}: not supported: {allowed}")
+
+
+def _read_rope(file: Path, config: dict[str, Any]) -> tuple[float, float | None]:
+    """Theta, and the factor of llama3's scaling or None.
+
+    transformers 5 keeps both together in rope_parameters, 4 apart in rope_theta and rope_scaling.
+    """
+    _refuse_two_rotations(file, config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        _refuse(file, "rope_scaling.rope_type", kind, 'Megatron knows "default" and "llama3"')
+    if "mrope_section" in rope:
+        _refuse(file, "rope_scaling.mrope_section", rope["mrope_section"], "positions must be those of text")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse(file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0")
+    theta = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return theta, None
+    for key, fixed in _MEGATRON_LLAMA3_ROPE.items():
+        if rope[key] != fixed:
+            _refuse(file, f"rope_scaling.{key}", rope[key], f"Megatron hard-codes {fixed:g}")
+    return theta, float(rope["factor"])
+
+
 def read_architecture(folder: Path) -> Architecture:
     """The architecture of the Hugging Face model in `folder`.
 
@@ -110,40 +137,22 @@ def read_architecture(folder: Path) -> Architecture:
         CptainError: no config.json, a missing key, or a config that Megatron cannot represent.
     """
     file, config = folder / "config.json", read_config(folder)
-
-    def refuse(key: str, value: Any, allowed: str) -> NoReturn:
-        raise CptainError(f"{file}: {key} = {json.dumps(value)}: not supported: {allowed}")
-
     names = config.get("architectures") or []
     if names not in [[name] for name in FAMILIES]:
-        refuse("architectures", names, f"supported: {', '.join(FAMILIES)}")
+        _refuse(file, "architectures", names, f"supported: {', '.join(FAMILIES)}")
     family = FAMILIES[names[0]]
     config = {**family.defaults, **config}
     for key, only in {**_ONLY, **family.only}.items():
         if config.get(key, only) != only:
-            refuse(key, config[key], f"only {json.dumps(only)}")
+            _refuse(file, key, config[key], f"only {json.dumps(only)}")
     if set(config.get("layer_types") or []) - {"full_attention"}:
-        refuse("layer_types", config["layer_types"], 'only "full_attention"')
+        _refuse(file, "layer_types", config["layer_types"], 'only "full_attention"')
     try:
         for key in _SIZES:
             if int(config[key]) < 1:
-                refuse(key, config[key], "must be over 0")
+                _refuse(file, key, config[key], "must be over 0")
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        # transformers 5 keeps theta and the scaling together in rope_parameters, 4 apart in rope_theta and
-        # rope_scaling.
-        _refuse_two_rotations(file, config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            refuse("rope_scaling.rope_type", kind, 'Megatron knows "default" and "llama3"')
-        if "mrope_section" in rope:
-            refuse("rope_scaling.mrope_section", rope["mrope_section"], "positions must be those of text")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0")
-        if kind == "llama3":
-            for key, fixed in _MEGATRON_LLAMA3_ROPE.items():
-                if rope[key] != fixed:
-                    refuse(f"rope_scaling.{key}", rope[key], f"Megatron hard-codes {fixed:g}")
+        theta, factor = _read_rope(file, config)
         longest = int(config["max_position_embeddings"])
         if family.sliding_window and config["sliding_window"] is not None:
             longest = min(longest, int(config["sliding_window"]))
@@ -156,8 +165,8 @@ def read_architecture(folder: Path) -> Architecture:
             kv_channels=int(config.get("head_dim") or hidden // heads),
             vocab_size=int(config["vocab_size"]),
             max_position_embeddings=longest,
-            rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rope_scaling_factor=float(rope["factor"]) if kind == "llama3" else None,
+            rotary_base=theta,
+            rope_scaling_factor=factor,
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,

@@ -21,7 +21,7 @@ from cptain.model.architecture import model_folder, read_architecture
 from cptain.run_file import RunFile, changed_keys
 from cptain.training.changes import check_changes
 from cptain.training.flags import check_parallel, megatron_flags
-from cptain.training.memory import Recompute, choose_recompute
+from cptain.training.memory import choose_recompute
 from cptain.training.nodes import Nodes, check_as_asked, check_slots, own_address, read_nodes
 from cptain.training.start import beginning
 
@@ -147,6 +147,21 @@ def _processes(
     return processes, gpu_bytes or _DRY_RUN_GPU_BYTES
 
 
+def _script(run: RunFile) -> Path:
+    script = run.train.script or Path(__file__).with_name("pretrain.py")
+    if not script.is_file():
+        bad_usage(f"train.script = {script}: no such file")
+    return script
+
+
+def _torchrun(nodes: Nodes | None, processes: int) -> tuple[list[str], str]:
+    """torchrun's own arguments on this node, and the network interface towards the others."""
+    address, interface = own_address(nodes) if nodes else ("", "")
+    rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, *rendezvous, "--nproc-per-node", str(processes)], interface
+
+
 def prepare(
     run: RunFile,
     cpu: bool = False,
@@ -173,46 +188,38 @@ def prepare(
     check_parallel(run, architecture, in_all)
     records = check_data(run)
     begins = beginning(run, architecture)
-    start = begins.iteration or 0
     steps = train_steps(run, records)
-    lines = [*first_lines(run, records, steps), *begins.lines]
+    exposure = first_lines(run, records, steps)
     data = trained_on(run, records)
-    changes, passed = _since_then(run, start, data, accepted)
-    script = run.train.script or Path(__file__).with_name("pretrain.py")
-    if not script.is_file():
-        bad_usage(f"train.script = {script}: no such file")
-    recompute: Recompute | None = None
+    changes, passed = _since_then(run, begins.steps_done, data, accepted)
+    recompute, why = None, list[str]()
     if gpu_bytes:
-        data_parallel = in_all // run.parallel.model_size
-        recompute, why = choose_recompute(run, architecture, gpu_bytes, data_parallel)
-        lines += why
+        recompute, why = choose_recompute(run, architecture, gpu_bytes, in_all // run.parallel.model_size)
     flags = megatron_flags(
         run,
         architecture,
         tokenizer_folder=model_folder(run.tokenizer),
         data_args=write_blend(run, records),
-        script=script,
+        script=_script(run),
         steps=steps,
         resume=begins.iteration is not None,
         same_layout=begins.same_layout,
         recompute=recompute,
     )
-    flags = [*([("--cpu",)] if cpu else []), *flags, *_until_deadline()]
-    flags += [(argument,) for argument in run.train.megatron_args]
-    address, interface = own_address(nodes) if nodes else ("", "")
-    rendezvous = nodes.torchrun(address) if nodes else ["--standalone"]
+    flags = [*([("--cpu",)] if cpu else []), *flags, *_until_deadline(), *((one,) for one in run.train.megatron_args)]
+    torchrun, interface = _torchrun(nodes, processes)
     return Command(
-        torchrun=[sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes)],
-        script=script,
+        torchrun=torchrun,
+        script=_script(run),
         flags=flags,
         steps=steps,
-        start=start,
+        start=begins.steps_done,
         nodes=nodes,
         interface=interface,
         processes=in_all,
         data=data,
         accepted=passed,
-        lines=[*lines, *changes],
+        lines=[*exposure, *begins.lines, *why, *changes],
         repair_tracker=begins.repair_tracker,
     )
 

@@ -120,14 +120,24 @@ def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, 
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 
-def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
-    """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
+def _is_outermost_stage() -> bool:
+    """Whether this rank is of the first or of the last pipeline stage, which are all that look at a batch."""
     from megatron.core import parallel_state
 
-    outermost = parallel_state.is_pipeline_first_stage(ignore_virtual=True) or parallel_state.is_pipeline_last_stage(
-        ignore_virtual=True
-    )
-    tokens, position_ids, labels, loss_mask = _batch(iterator) if outermost else (None, None, None, None)
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    return bool(first(ignore_virtual=True) or last(ignore_virtual=True))
+
+
+def _reads_data() -> bool:
+    """Whether this rank reads the data, which its tensor-parallel peers get from it."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and _is_outermost_stage()
+
+
+def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
+    """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
+    tokens, position_ids, labels, loss_mask = _batch(iterator) if _is_outermost_stage() else (None, None, None, None)
     output = model(tokens, position_ids, None, labels=labels)  # no mask: causal attention makes its own
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), losses)
 
@@ -138,7 +148,6 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     Every file is cut as --split says, and each split is built from the files that have a part in it: Megatron alone
     never returns from a file so small that its part is empty.
     """
-    from megatron.core import parallel_state
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.training import get_args
@@ -155,12 +164,6 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
         @staticmethod
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
-
-    def is_built_here() -> bool:
-        return bool(parallel_state.get_tensor_model_parallel_rank() == 0) and bool(
-            parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-            or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        )
 
     datasets: list[Any] = []
     ends = list(itertools.accumulate((float(part) for part in args.split.split(",")), initial=0.0))
@@ -192,7 +195,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=False,
         )
-        datasets.append(BlendedMegatronDatasetBuilder(Sequences, samples, is_built_here, config).build()[place])
+        datasets.append(BlendedMegatronDatasetBuilder(Sequences, samples, _reads_data, config).build()[place])
     return datasets
 
 
@@ -207,7 +210,7 @@ def _tokenizer(args: Any) -> Any:
     return build_tokenizer(args)
 
 
-_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; is_built_here decides
+_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; _reads_data decides
 
 
 def _refuse_unread() -> None:

@@ -39,6 +39,11 @@ class Beginning:
     repair_tracker: bool = False
     same_layout: bool = True
 
+    @property
+    def steps_done(self) -> int:
+        """0 with the converted checkpoint."""
+        return self.iteration or 0
+
 
 def beginning(run: RunFile, architecture: Architecture) -> Beginning:
     """Find where a training of the run begins, and check that checkpoint.
