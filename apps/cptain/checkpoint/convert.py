@@ -26,6 +26,7 @@ from cptain.checkpoint.torch_dist import TorchDistWriter
 from cptain.checkpoint.tracker import RELEASE, write_tracker
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder, read_architecture
+from cptain.model.arguments import saved_arguments
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
@@ -64,34 +65,12 @@ def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None
 def _megatron_args(architecture: Architecture) -> argparse.Namespace:
     """The args that Megatron compares with its own when it loads, and restores under --use-checkpoint-args."""
     return argparse.Namespace(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        max_position_embeddings=architecture.max_position_embeddings,
-        position_embedding_type="rope",
+        **saved_arguments(architecture),
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
-        rotary_base=int(architecture.rotary_base),
-        rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=architecture.rope_scaling_factor is not None,
-        rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_layernorm,
-        swiglu=True,
         squared_relu=False,
-        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
-        normalization="RMSNorm",
-        norm_epsilon=architecture.norm_epsilon,
-        apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         vocab_size=architecture.vocab_size,
         padded_vocab_size=architecture.vocab_size,
         ckpt_format="torch_dist",
