@@ -118,8 +118,7 @@ def test_data_of_another_user_that_may_only_be_read_is_trained_on_all_the_same(t
     use = f"""
 from pathlib import Path
 from cptain.data.in_use import in_use
-with in_use(Path({str(tmp_path)!r}), Path("/run")) as beat:
-    beat()
+with in_use(Path({str(tmp_path)!r}), Path("/run")):
     print("in use")
 """
     done = subprocess.run(

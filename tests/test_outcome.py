@@ -111,9 +111,17 @@ def test_a_training_that_is_killed_without_a_word_counts_too(run: RunFile, monke
     monkeypatch.setenv("CPTAIN_LINK", "3")
     Attempt(run, 4).begin()
     Attempt(run, 4).begin()
-    with pytest.raises(CptainError, match=r"failed 2 times at step 4 .* it was killed, and said nothing"):
+    with pytest.raises(CptainError, match=r"failed 2 times at step 4 .* the last was killed, and said nothing"):
         Attempt(run, 4).begin()
     Attempt(run, 6).begin()  # another place
+
+
+def test_the_reason_of_a_failure_is_still_there_while_the_next_attempt_runs(run: RunFile) -> None:
+    end(run, status=1, error="ValueError: a reason")
+    again = Attempt(run, 0)
+    again.begin()
+    assert json.loads((run.logs_folder / "train-failed.json").read_text())["reason"] == "ValueError: a reason"
+    assert again.failure == ""
 
 
 def test_what_is_saved_between_makes_a_chain_forget(run: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,7 +382,7 @@ def test_missing_or_unreadable_input_is_exit_1_with_a_line_that_names_it(
     make_run: RunFileMaker, ready_run: Path, what: str, message: str
 ) -> None:
     file = make_run()
-    shutil.copytree(load_run(ready_run).folder, load_run(file).folder)
+    shutil.copytree(load_run(ready_run).folder, load_run(file).folder, symlinks=True)  # a lock is a link
     damage(what, file)
     result = cptain("train", file, "--cpu")
     assert result.exit_code == 1

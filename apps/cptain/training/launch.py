@@ -32,7 +32,7 @@ from cptain.training.record import TrainingRecord
 from cptain.training.start import check_weights
 from cptain.training.stopping import Stop
 
-_GRACE = 30.0  # seconds for torchrun to end its ranks after a second request
+_GRACE = 10.0  # seconds for torchrun to end once its ranks have
 _MARK = "CPTAIN_TRAINING"  # a variable that all processes of one training inherit
 _LEFTOVERS = 2.0  # seconds for the processes of an ended torchrun to end by themselves
 _LOOK = 0.2  # seconds between two looks at what signals ask for
@@ -92,14 +92,15 @@ def _end_what_is_left(process: "subprocess.Popen[str]", error_file: Path) -> Non
 
 
 def _end_now(process: "subprocess.Popen[str]") -> None:
-    """End torchrun, which ends its ranks; by force after a while."""
+    """End the ranks and torchrun by force: a rank amid a step would take no other word for it."""
+    for pid in _ranks(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.terminate()
     try:
         process.wait(timeout=_GRACE)
     except subprocess.TimeoutExpired:
-        for pid in [*_ranks(process.pid), process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        process.kill()
 
 
 def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, accepted: tuple[str, ...] = ()) -> None:

@@ -26,7 +26,7 @@ _TRIES = 2  # of a chain's jobs at one place
 _LAST_WORD = 10.0  # seconds that a node which only lost its peers leaves them to say why, before it ends the job
 # What Megatron says when a checkpoint cannot be written: never which file.
 _DISK = re.compile("Worker failure|No space left|quota exceeded|PytorchStreamWriter|File too large", re.IGNORECASE)
-_NO_WORD = "it was killed, and said nothing"
+_NO_WORD = "was killed, and said nothing"
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,18 @@ class Attempt:
     def __init__(self, run: RunFile, start: int) -> None:
         self._file, self._start = run.logs_folder / "train-failed.json", start
 
-    def _read(self) -> tuple[int, str]:
+    def _read(self) -> tuple[int, str, bool]:
+        """How many attempts there were, the last reason that one gave, and whether that is the last attempt's."""
         try:
             attempt = json.loads(self._file.read_text(encoding="utf-8"))
             if attempt["start"] == self._start:
-                return int(attempt["times"]), str(attempt["reason"])
+                return int(attempt["times"]), str(attempt["reason"]), bool(attempt["said"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or one that cannot be read: it forbids nothing
-        return 0, ""
+        return 0, "", False
 
-    def _write(self, times: int, reason: str) -> None:
-        atomic.write_json(self._file, {"start": self._start, "times": times, "reason": reason})
+    def _write(self, times: int, reason: str, said: bool) -> None:
+        atomic.write_json(self._file, {"start": self._start, "times": times, "reason": reason, "said": said})
 
     def begin(self) -> None:
         """Count a training that begins.
@@ -76,25 +77,26 @@ class Attempt:
             CptainError: in a chain of jobs, after the second attempt at the same place: the first may have failed for
                 a node's sake, a third would fail like the second.
         """
-        times, reason = self._read()
+        times, reason, said = self._read()
         if times >= _TRIES and int(os.environ.get("CPTAIN_LINK") or 1) > 1:
+            last = reason if said else f"the last {_NO_WORD}" + (f"; before that: {reason}" if reason else "")
             raise CptainError(
                 f"train: failed {times} times at step {self._start} with nothing new saved, and is not tried again in "
-                f"this chain: {reason} (submit.sh train export begins another)"
+                f"this chain: {last} (submit.sh train export begins another)"
             )
-        self._write(times + 1, _NO_WORD)
+        self._write(times + 1, reason, said=False)
 
     def failed(self, reason: str, only_if_unsaid: bool) -> None:
         """Note why; where `only_if_unsaid`, only if no other node has."""
-        times, said = self._read()
-        if not only_if_unsaid or said == _NO_WORD:
-            self._write(max(1, times), reason)
+        times, _, said = self._read()
+        if not (only_if_unsaid and said):
+            self._write(max(1, times), reason, said=True)
 
     @property
     def failure(self) -> str:
-        """Why another node failed, as far as it has said; empty: none did."""
-        said = self._read()[1]
-        return "" if said == _NO_WORD or said.startswith("stopped") else said
+        """Why another node of this attempt failed, as far as it has said; empty: none did."""
+        _, reason, said = self._read()
+        return reason if said and not reason.startswith("stopped") else ""
 
     def saved(self) -> None:
         """Something new was saved: nothing is to be remembered."""
