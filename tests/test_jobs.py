@@ -590,9 +590,9 @@ def test_sixty_four_nodes_agree_on_one_rendezvous() -> None:
     assert every[63].hosts[59:61] == ["gpu060", "gpu101"]
     command = every[63].torchrun("10.0.0.64")
     assert command[:2] == ["--nnodes", "64"]
-    assert "is_host=0,join_timeout=600" in command
+    assert "is_host=0,join_timeout=600,read_timeout=600" in command
     assert every[0] is not None
-    assert "is_host=1,join_timeout=600" in every[0].torchrun("10.0.0.1")
+    assert "is_host=1,join_timeout=600,read_timeout=600" in every[0].torchrun("10.0.0.1")
 
 
 @pytest.mark.parametrize(

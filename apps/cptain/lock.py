@@ -25,7 +25,7 @@ from typing import NamedTuple
 from cptain.errors import CptainError
 
 STALE_AFTER = 900.0  # seconds without a touch, by the clocks of two hosts, which may differ
-_WATCHED = 180.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
+_WATCHED = 90.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
 _BEAT = 20.0  # seconds
 _PATIENCE = 3.0  # seconds: a killed process takes a moment to be gone
 _LOOK = 0.1  # seconds from one look at a link to the next
@@ -177,8 +177,8 @@ def lock(file: Path, what: str, watch: bool = False) -> Iterator[None]:
     Args:
         file: the link that is the lock; its folder is made.
         what: what is done under it, for the message to whoever comes second.
-        watch: where the holder is on another host and has touched its link within `STALE_AFTER`, watch for three
-            minutes whether it does so again, and take the lock if not: it may have been killed a moment ago.
+        watch: where the holder is on another host and has touched its link within `STALE_AFTER`, watch for a
+            minute and a half whether it does so again, and take the lock if not: it may have been killed a moment ago.
 
     Raises:
         Held: another process holds it.
