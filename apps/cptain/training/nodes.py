@@ -61,6 +61,7 @@ class Nodes:
         Args:
             address: this node's, as the other nodes reach it.
         """
+        patience = f"join_timeout={_JOIN_SECONDS},read_timeout={_JOIN_SECONDS}"
         return [
             *("--nnodes", str(len(self.hosts))),
             *("--rdzv-backend", "c10d", "--rdzv-id", self.job, "--rdzv-endpoint", self.endpoint),
