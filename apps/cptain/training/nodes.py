@@ -67,10 +67,7 @@ class Nodes:
             *("--rdzv-backend", "c10d", "--rdzv-id", self.job, "--rdzv-endpoint", self.endpoint),
             # Said, because torchrun would guess it from names, which a container may resolve in another way.
             # read_timeout: to reach the first node, which may still wait for a lock; torchrun's own is 60 s.
-            *(
-                "--rdzv-conf",
-                f"is_host={int(self.rank == 0)},join_timeout={_JOIN_SECONDS},read_timeout={_JOIN_SECONDS}",
-            ),
+            *("--rdzv-conf", f"is_host={int(self.rank == 0)},{patience}"),
             *("--local-addr", address),
         ]
 
