@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ print(transformers.__version__)
     assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
+def of_session(leader: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> None:
     for stage in ("preprocess", "convert"):
         assert place.run(stage, "runs/tiny.toml").returncode == 0
@@ -159,7 +170,9 @@ def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> 
     # As schedulers do: the group, every process of the session, and both again; Apptainer passes each on once more.
     for pause in (0.021, 5.0):
         os.killpg(process.pid, signal.SIGTERM)
-        subprocess.run(["pkill", "-TERM", "--session", str(process.pid)], check=False)
+        for pid in of_session(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         time.sleep(pause)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
