@@ -5,7 +5,6 @@ absolute. `load_run` is the only way in: it raises `CptainError` (exit status 2)
 key, value and what is allowed.
 """
 
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -13,81 +12,20 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from cptain import atomic
 from cptain.errors import bad_usage
+from cptain.run_values import AbsolutePath, FolderOrHubId, Glob, SiteNameOrFile, Split, TokenCount, VariableName
 from cptain.toml_file import Duration, Section, is_section, read_toml, shown, validate
 
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)")
 _HOW_LONG = ("steps", "tokens", "epochs")  # keys of [train]
-_TOKEN_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def _expand(value: str, info: ValidationInfo) -> str:
-    """`value` with ~ and $VAR expanded, made absolute from the run file's folder."""
-    if "\0" in value or "\n" in value:
-        raise ValueError("a path cannot hold a line break or a null character")
-    expanded = os.path.expandvars(os.path.expanduser(value))
-    if unset := _VARIABLE.search(expanded):
-        raise ValueError(f"the environment variable {unset.group()} is not set")
-    folder = info.context["folder"] if info.context else Path.cwd()
-    return os.path.normpath(folder / expanded)
-
-
-def _expand_path(value: Any, info: ValidationInfo) -> Any:
-    return _expand(value, info) if isinstance(value, str) else value
-
-
-def _expand_folder_or_hub_id(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, str):
-        return value
-    path = _expand(value, info)
-    return value if _HUB_ID.fullmatch(value) and not os.path.exists(path) else path
-
-
-def _expand_site(value: Any, info: ValidationInfo) -> Any:
-    """A site is a name, or the path of a site file of the user's own."""
-    return _expand(value, info) if isinstance(value, str) and value.endswith(".toml") else value
-
-
-def _token_count(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if not (match := _TOKEN_COUNT.fullmatch(value)):
-        raise ValueError('allowed: a whole number, or digits with K, M, B or T, such as "15B"')
-    return round(float(match[1]) * _TOKEN_SCALE[match[2]])
-
-
-def _split(value: str) -> str:
-    parts = value.split(",")
-    if len(parts) != 3 or not all(re.fullmatch(r"\d+(\.\d+)?", part.strip()) for part in parts):
-        raise ValueError('allowed: the weights of train, validation and test, such as "970,30,0"')
-    if float(parts[0]) == 0:
-        raise ValueError("nothing is left to train on: the first weight must be over 0")
-    return ",".join(part.strip() for part in parts)
-
-
-def _known_mix(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("tokens", "uniform"):
-        raise ValueError('allowed: "tokens", "uniform", or [[data.mix]] tables')
-    return value
-
-
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*\*?$")]  # a * is any ending
-AbsolutePath = Annotated[Path, BeforeValidator(_expand_path)]
-Glob = Annotated[str, BeforeValidator(_expand_path)]
-FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
 
 
 class Model(Section):
@@ -101,6 +39,12 @@ class Model(Section):
     hf: FolderOrHubId
     tokenizer: FolderOrHubId | None = None
     megatron: AbsolutePath | None = None
+
+
+def _known_mix(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("tokens", "uniform"):
+        raise ValueError('allowed: "tokens", "uniform", or [[data.mix]] tables')
+    return value
 
 
 class MixPart(Section):
@@ -130,7 +74,7 @@ class Data(Section):
     output: AbsolutePath | None = None
     key: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "text"
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
-    split: Annotated[str, AfterValidator(_split)] = "970,30,0"
+    split: Split = "970,30,0"
     on_error: Literal["fail", "skip"] = "fail"
     strip: bool = False
     check_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
@@ -163,7 +107,7 @@ class Train(Section):
     micro_batch_size: PositiveInt = 1
     global_batch_size: PositiveInt
     steps: PositiveInt | None = None
-    tokens: Annotated[PositiveInt | None, BeforeValidator(_token_count)] = None
+    tokens: TokenCount | None = None
     epochs: PositiveFloat | None = None
     lr: PositiveFloat
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -219,7 +163,7 @@ class Jobs(Section):
     seconds_per_step: the time of a step, for "auto"; default: what earlier logs of the run show.
     """
 
-    site: Annotated[str, BeforeValidator(_expand_site)] | None = None
+    site: SiteNameOrFile | None = None
     group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     reservation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     environment: list[VariableName] = Field(default_factory=list)

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from cptain.errors import bad_usage
-from cptain.run_file import Jobs, VariableName
+from cptain.run_file import Jobs
+from cptain.run_values import VariableName
 from cptain.toml_file import Duration, Section, read_toml, seconds, validate
 
 # In a checkout the package lies beside jobs/; installed, jobs/ is among the installation's data files.
