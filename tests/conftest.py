@@ -38,6 +38,8 @@ RunFileMaker = Callable[..., Path]
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a skipped test is a failure: nothing that should run may be left out without a word."""
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes; the one that prints takes it up
+        session.config.workeroutput["counts"] = dict(_COUNTS)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("CI: a test was skipped, which counts as a failure", red=True)
@@ -50,6 +52,11 @@ _COUNTS: Counter[str] = Counter()
 def count(what: str, number: int = 1) -> None:
     """Count what a suite tried; the last lines of the session say how many."""
     _COUNTS[what] += number
+
+
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What the tests of another process counted."""
+    _COUNTS.update(getattr(node, "workeroutput", {}).get("counts", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -92,6 +99,16 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=900,
     )
+
+
+def of_session(leader: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def rows_of(tensor: Any) -> Callable[[int, int, Any], None]:

@@ -82,7 +82,7 @@ def test_a_manifest_of_an_earlier_version_is_one_line_and_its_files_are_done_aga
 ) -> None:
     file = make_run()
     folder = load_run(file).data_folder
-    shutil.copytree(load_run(ready_run).data_folder, folder)
+    shutil.copytree(load_run(ready_run).data_folder, folder, ignore=shutil.ignore_patterns(".in-use"))
     for path in (folder / "manifest.json", *(folder / ".records").rglob("*.json")):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in content.items() if key != "recipe"}))

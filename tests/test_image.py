@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, RunFileMaker, as_if_trained, cptain, make
+from conftest import PROJECT, RunFileMaker, as_if_trained, cptain, make, of_session
 from spython.main import get_client
 
 STAGES = ("preprocess", "convert", "train", "export")
@@ -137,16 +137,6 @@ print(transformers.__version__)
         logits.append(torch.load(saved))
     assert versions[0] != versions[1]
     assert (logits[0] - logits[1]).abs().max() < 1e-5
-
-
-def of_session(leader: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
-                found.append(int(stat.parent.name))
-    return found
 
 
 def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> None:
