@@ -102,11 +102,12 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def of_session(leader: int) -> list[int]:
-    """The processes of a session."""
+    """The living processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
                 found.append(int(stat.parent.name))
     return found
 
