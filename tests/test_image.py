@@ -66,7 +66,7 @@ class Place:
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
-        return {**inherited, "HOME": str(self.home), **more}
+        return {**inherited, "HOME": str(self.home), "OMP_NUM_THREADS": "1", **more}
 
     def run(self, app: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
