@@ -1,4 +1,4 @@
-"""What a command does because it runs inside the image: keep caches out of $HOME, and know which build it is.
+"""What a command does because it runs inside the image: keep caches out of $HOME, and know which image it is.
 
 The cache folders are set here and not in Singularity.def, whose %environment would beat the host's own HF_HOME and
 could not name the run's folder.
@@ -6,9 +6,12 @@ could not name the run's folder.
 
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
+
+from cptain.lock import process_start
 
 _LABELS = Path("/.singularity.d/labels.json")  # Apptainer writes it into every image
 _COMMIT_LABEL = "org.opencontainers.image.revision"
@@ -26,6 +29,45 @@ def label(name: str) -> str | None:
 def commit() -> str | None:
     """The commit of cptain that the image was built from, with "+changes" where files differed from it."""
     return label(_COMMIT_LABEL)
+
+
+# What Apptainer's variable names where the image was unpacked for this start, and is removed after it.
+_UNPACKED = re.compile(r"/rootfs-\d+/root/?$")
+
+
+def _container() -> str | None:
+    return os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+
+
+def image_here() -> Path | None:
+    """The image that this process runs in, by its name on the host; None outside one, or where nothing says.
+
+    make jobs and the job scripts set CPTAIN_IMAGE for an image that was unpacked.
+    """
+    container = _container()
+    if container and _UNPACKED.search(container):
+        container = os.environ.get("CPTAIN_IMAGE")
+    return Path(container) if container else None
+
+
+def was_unpacked() -> bool:
+    """Whether the image was unpacked for this start, as it is for a plain user without FUSE."""
+    return bool(_UNPACKED.search(_container() or ""))
+
+
+def start_seconds() -> float | None:
+    """How long Apptainer took from its own start to that of its first process here; None where that cannot be seen."""
+    pid = os.getpid()
+    try:
+        while pid > 1:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if b"untime parent" in Path(f"/proc/{parent}/cmdline").read_bytes():  # "Apptainer runtime parent: a.sif"
+                began, ended = process_start(parent), process_start(pid)
+                return (int(ended or 0) - int(began or 0)) / os.sysconf("SC_CLK_TCK")
+            pid = parent
+    except (OSError, ValueError):
+        pass  # of another PID namespace
+    return None
 
 
 def keep_caches_out_of_home(run_folder: Path) -> None:

@@ -1,9 +1,11 @@
-"""What the values of some options are, said to click: parts of work, checkpoints, sizes.
+"""What several commands take: the run file and its options, and values that click has no type for.
 
 click's ParamType is generic since 8.4, and not before: hence the ignored type arguments.
 """
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,3 +47,33 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         if match and (size := round(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2]])):
             return size
         self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
+
+
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the run file, such as train.lr=2.5e-5. Repeatable.",
+)
+site_option = click.option(
+    "--site", metavar="NAME|FILE", help="A site under jobs/sites, or a file of your own.  [default: jobs.site]"
+)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RUN and --set, which every stage takes."""
+    return click.argument("run", type=click.Path(path_type=Path))(_set_option(command))
+
+
+def load(file: Path, overrides: tuple[str, ...]) -> Any:
+    """Load the run file of a stage."""
+    from cptain.image import keep_caches_out_of_home, warn_of_another_commit
+    from cptain.run_file import load_run
+    from cptain.scheduling.sweep import refuse_sweep
+
+    warn_of_another_commit()
+    run = load_run(file, overrides)
+    keep_caches_out_of_home(run.folder)
+    refuse_sweep(run, file, click.get_current_context().find_root().obj)
+    return run

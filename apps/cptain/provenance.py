@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def write_provenance(run: RunFile, stage: str) -> dict[str, Any]:
         "command": sys.argv,
         "cptain": __version__,
         "git_commit": _git_commit(),
-        "image": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
+        "image": str(here) if (here := image.image_here()) else None,
         "megatron": versions.get("megatron-core") or image.label("cptain.megatron.version"),
         "megatron_commit": image.label("cptain.megatron.commit"),
         "host": platform.node(),

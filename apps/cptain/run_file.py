@@ -22,23 +22,13 @@ from pydantic import (
 
 from cptain import atomic
 from cptain.errors import bad_usage
-from cptain.run_values import AbsolutePath, FolderOrHubId, Glob, SiteNameOrFile, Split, TokenCount, VariableName
-from cptain.toml_file import Duration, Section, is_section, read_toml, shown, validate
+from cptain.run_model import Model
+from cptain.run_train import HOW_LONG, Train
+from cptain.run_values import AbsolutePath, Glob, SiteNameOrFile, Split, VariableName
+from cptain.toml_file import Duration, Section, read_toml, shown, table_of, validate
 
-_HOW_LONG = ("steps", "tokens", "epochs")  # keys of [train]
-
-
-class Model(Section):
-    """What is trained.
-
-    hf: local folder or hub id; the architecture comes from its config.json.
-    tokenizer: local folder or hub id; default: hf.
-    megatron: the converted checkpoint's folder; default: <run>/megatron. A shared folder serves many runs.
-    """
-
-    hf: FolderOrHubId
-    tokenizer: FolderOrHubId | None = None
-    megatron: AbsolutePath | None = None
+CHECKPOINTS = "checkpoints"  # of a run's folder
+_ALL_TO_TRAIN = "1,0,0"  # a split
 
 
 def _known_mix(value: Any) -> Any:
@@ -48,10 +38,29 @@ def _known_mix(value: Any) -> Any:
 
 
 class MixPart(Section):
-    """A [[data.mix]] table: the files that `input` matches share `weight` parts of the training tokens."""
+    """A [[data.mix]] table, of the files that `input` matches.
+
+    name: for people; default: input.
+    weight: parts of the training tokens that the files share.
+    repeat: how often each of their documents is seen in one of train.epochs; in its place, in every table or in none.
+    """
 
     input: Glob
-    weight: PositiveFloat
+    name: Annotated[str, Field(pattern=r"^[^\n|]+$")] | None = None
+    weight: PositiveFloat | None = None
+    repeat: PositiveFloat | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return self.name or self.input
+
+
+class ValidationSet(Section):
+    """A [[data.validation]] table: the files that `input` matches are validated on, and the loss is that of `name`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    input: Glob
 
 
 class Data(Section):
@@ -62,6 +71,7 @@ class Data(Section):
     key: the key of a document's text.
     mix: how files blend: "tokens" (every token once), "uniform" (every file alike), or [[data.mix]] tables.
     split: weights of train, validation and test.
+    validation: sets of their own to validate with; all of input is then trained on.
     on_error: "fail" at the first bad line, or "skip" and keep it in a side file.
     strip: cut white space off both ends of every text, as the lab's fork of Megatron-LM does; upstream does not.
     check_fraction: of the documents, encoded by Hugging Face's own library too; a difference ends the run.
@@ -75,11 +85,45 @@ class Data(Section):
     key: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "text"
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
     split: Split = "970,30,0"
+    validation: list[ValidationSet] = Field(default_factory=list)
     on_error: Literal["fail", "skip"] = "fail"
     strip: bool = False
     check_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     max_document_bytes: PositiveInt = 1 << 25
     max_epochs: PositiveFloat = 16.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_split_off(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("validation"):
+            return {"split": _ALL_TO_TRAIN, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _says_one_thing_of_every_table(self) -> Self:
+        tables = self.mix if isinstance(self.mix, list) else []
+        for place, part in enumerate(tables):
+            if (part.weight is None) == (part.repeat is None):
+                raise ValueError(f"mix[{place}]: give weight or repeat")
+        if self.repeats and any(part.weight for part in tables):
+            raise ValueError("mix: give weight in every table, or repeat in every one")
+        return self
+
+    @property
+    def repeats(self) -> bool:
+        """Whether mix says how often documents are seen."""
+        return isinstance(self.mix, list) and any(part.repeat for part in self.mix)
+
+    @model_validator(mode="after")
+    def _sets_are_apart(self) -> Self:
+        names = [one.name for one in self.validation]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f'two [[data.validation]] sets are called "{double}"')
+        if names and self.split != _ALL_TO_TRAIN:
+            raise ValueError(
+                f'split = "{self.split}": with [[data.validation]] all of data.input is trained on: leave it out'
+            )
+        return self
 
 
 class Parallel(Section):
@@ -93,52 +137,6 @@ class Parallel(Section):
     def model_size(self) -> int:
         """GPUs that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
-
-
-class Train(Section):
-    """How it is trained. Exactly one of steps, tokens and epochs says for how long.
-
-    megatron_args: passed to Megatron as written, after cptain's own, so that they win over its defaults; what a key
-        or config.json says is refused.
-    script: another training script that takes Megatron's arguments; default: cptain's own.
-    """
-
-    seq_length: PositiveInt
-    micro_batch_size: PositiveInt = 1
-    global_batch_size: PositiveInt
-    steps: PositiveInt | None = None
-    tokens: TokenCount | None = None
-    epochs: PositiveFloat | None = None
-    lr: PositiveFloat
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["bf16", "fp8", "fp32"] = "bf16"
-    recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    save_interval: PositiveInt = 500
-    eval_interval: PositiveInt = 100
-    megatron_args: list[str] = Field(default_factory=list)
-    script: AbsolutePath | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        given = [key for key in _HOW_LONG if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, tokens and epochs (given: {', '.join(given) or 'none'})")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size = {self.global_batch_size} is not a multiple of "
-                f"micro_batch_size = {self.micro_batch_size}"
-            )
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr} is over lr = {self.lr}")
-        if self.steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} must be under steps = {self.steps}")
-        return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees."""
-        return self.seq_length * self.global_batch_size
 
 
 class Wandb(Section):
@@ -200,15 +198,30 @@ class RunFile(Section):
     def _sweep_is_of_this_schema(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for keys, rows in sweep.items():
             for dotted in sweep_keys(keys):
-                section: Any = cls
+                kind: Any = cls
                 for key in dotted.split("."):
-                    if not is_section(section) or key not in section.model_fields or dotted == "sweep":
+                    table = table_of(kind)
+                    if table is None or key not in table.by_key() or dotted == "sweep":
                         raise ValueError(f'no key "{dotted}" in a run file')
-                    section = section.model_fields[key].annotation
+                    kind = table.by_key()[key].annotation
             for row in rows if "," in keys else ():
                 if not isinstance(row, list) or len(row) != len(sweep_keys(keys)):
                     raise ValueError(f'"{keys}": allowed: lists of {len(sweep_keys(keys))} values; not {shown(row)}')
         return sweep
+
+    @model_validator(mode="after")
+    def _repeats_say_how_long(self) -> Self:
+        if self.data.repeats and self.train.epochs is None:
+            raise ValueError(
+                "data.mix: repeat says how often documents are seen in an epoch: say how long with train.epochs = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches_off_another(self) -> Self:
+        if self.train.from_ and self.train.from_.run == self.folder:
+            raise ValueError(f"train.from.run = {self.folder} is the run itself: give this one another name")
+        return self
 
     @property
     def folder(self) -> Path:
@@ -228,7 +241,7 @@ class RunFile(Section):
     @property
     def checkpoints_folder(self) -> Path:
         """Where training saves."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def hf_folder(self) -> Path:
@@ -241,9 +254,20 @@ class RunFile(Section):
         return self.folder / "logs"
 
     @property
-    def tokenizer(self) -> str:
-        """Local folder or hub id of the tokenizer."""
+    def tokenizers_folder(self) -> Path:
+        """Where what takes long to find out about tokenizers is kept for all runs of the work_dir."""
+        return self.work_dir / ".tokenizers"
+
+    @property
+    def base_tokenizer(self) -> str:
+        """Local folder or hub id of the tokenizer that the model has before [model.vocabulary] extends it."""
         return self.model.tokenizer or self.model.hf
+
+    @property
+    def tokenizer(self) -> str:
+        """Local folder or hub id of the tokenizer that the run trains with. `cptain.data.vocabulary` makes an extended
+        one."""
+        return str(self.folder / "tokenizer") if self.model.vocabulary else self.base_tokenizer
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -284,8 +308,8 @@ def set_key(document: dict[str, Any], path: list[str], value: Any) -> None:
         section = section.setdefault(step, {})
         if not isinstance(section, dict):
             raise ValueError(f"{step} is not a table")
-    if path[:-1] == ["train"] and path[-1] in _HOW_LONG:
-        for key in _HOW_LONG:
+    if path[:-1] == ["train"] and path[-1] in HOW_LONG:
+        for key in HOW_LONG:
             section.pop(key, None)
     section[path[-1]] = value
 

@@ -61,6 +61,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*\*?$")]  # a * is any
 AbsolutePath = Annotated[Path, BeforeValidator(_expand_path)]
 Glob = Annotated[str, BeforeValidator(_expand_path)]
 FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 TokenCount = Annotated[PositiveInt, BeforeValidator(_token_count)]
 Split = Annotated[str, AfterValidator(_split)]
 SiteNameOrFile = Annotated[str, BeforeValidator(_expand_site)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from cptain.errors import bad_usage
 
@@ -17,7 +18,13 @@ from cptain.errors import bad_usage
 class Section(BaseModel):
     """A table of a TOML file. Keys that it does not name are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # A key that Python keeps to itself ("from") is the alias of its field.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
+
+    @classmethod
+    def by_key(cls) -> dict[str, FieldInfo]:
+        """The table's fields by their keys, as a file writes them."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 S = TypeVar("S", bound=Section)
@@ -85,7 +92,13 @@ def shown(value: Any) -> str:
 
 def is_section(annotation: Any) -> bool:
     """Whether a key's type is a table of its own."""
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def table_of(annotation: Any) -> type[Section] | None:
+    """The table that a key's type is, or may be where the key is given; None for any other type."""
+    kinds = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and is_section(kinds[0]) else None
 
 
 def _error_lines(schema: type[Section], document: dict[str, Any], file: Path, error: ValidationError) -> list[str]:
@@ -118,9 +131,9 @@ def _allowed_keys(schema: type[Section], location: tuple[int | str, ...]) -> lis
     """The keys of the table at `location`."""
     section: Any = schema
     for step in location:
-        if str(step) in section.model_fields:
-            section = _section_in(section.model_fields[str(step)].annotation)
-    return sorted(section.model_fields)
+        if str(step) in section.by_key():
+            section = _section_in(section.by_key()[str(step)].annotation)
+    return sorted(section.by_key())
 
 
 def _section_in(annotation: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import orjson
 
 from cptain import atomic
+from cptain.errors import CptainError
 
 Encode = Callable[[list[str]], list[list[int]]]
 _TABLES = ("NFC", "NFD", "NFKC", "NFKD", "Precompiled", "Lowercase", "StripAccents", "BertNormalizer", "Nmt")
@@ -68,7 +69,8 @@ def unlike(fast: Encode, exact: Encode, kept: Path | None) -> frozenset[str]:
     if len(found) > _MOST:
         raise ValueError(f"its ids differ for {len(found)} characters")
     if kept:
-        atomic.write_json(kept, sorted(found))
+        with suppress(OSError, CptainError):  # of another user of the work_dir: asked every time
+            atomic.write_json(kept, sorted(found))
     return frozenset(found)
 
 

@@ -21,14 +21,16 @@ class Part:
     """Files that share their part of the training tokens by the tokens they have.
 
     Attributes:
-        name: for people: the table's glob, or the file.
+        name: for people: the table's name or glob, or the file.
         weight: their share, among those of all parts.
         records: theirs.
+        repeat: how often an epoch sees them.
     """
 
     name: str
     weight: float
     records: list[Record]
+    repeat: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -55,13 +57,20 @@ def parts(mix: str | list[MixPart], records: list[Record]) -> list[Part]:
         path = Path(record.input).parts
         tables = [number for number, part in enumerate(mix) if _matches(path, Path(part.input).parts)]
         if len(tables) != 1:
-            named = " and ".join(mix[number].input for number in tables) or "no table"
+            named = " and ".join(mix[number].title for number in tables) or "no table"
             raise CptainError(f"data.mix: {record.input} is matched by {named}: exactly one table must match a file")
         members[tables[0]].append(record)
     for part, matched in zip(mix, members, strict=True):
         if not matched:
-            raise CptainError(f"data.mix: {part.input} matches no file of data.input that has tokens")
-    return [Part(part.input, part.weight, matched) for part, matched in zip(mix, members, strict=True)]
+            raise CptainError(f"data.mix: {part.title} matches no file of data.input that has tokens")
+    return [_table(part, matched) for part, matched in zip(mix, members, strict=True)]
+
+
+def _table(part: MixPart, records: list[Record]) -> Part:
+    if part.repeat is None:
+        assert part.weight is not None
+        return Part(part.title, part.weight, records)
+    return Part(part.title, part.repeat * sum(record.tokens for record in records), records, part.repeat)
 
 
 def blend(mix: str | list[MixPart], records: list[Record]) -> list[tuple[float, Record]]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from cptain.data.indexed_dataset import ids_over
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.tokenizer import has_tokenizer, tokenizer_facts, tokenizer_hash
+from cptain.data.vocabulary import check_size, tokenizer_folder
 from cptain.errors import CptainError
-from cptain.model.architecture import model_folder
-from cptain.model.vocabulary import Over, check_vocabulary
+from cptain.model.vocabulary import Over
 from cptain.run_file import RunFile
 
 _LOOKED_AT = 1 << 30  # bytes of ids that show how much of the data a model too small cannot hold
@@ -22,13 +22,13 @@ def check_data(run: RunFile) -> list[Record]:
     """
     records = read_manifest(run.data_folder, run.data.input)
     made = records[0].recipe
-    folder = model_folder(run.tokenizer)
+    folder = tokenizer_folder(run)
     if differences := made.differences(run, tokenizer_hash(folder)):
         raise CptainError(f"{run.data_folder}: made with {'; with '.join(differences)}: run preprocess again")
     for record in records:
         if wrong := record.missing_output(run.data_folder):
             raise CptainError(f"{wrong}: run preprocess again")
-    check_vocabulary(folder, made.tokenizer_size, run.model.hf, lambda limit: _tokens_over(run, records, limit))
+    check_size(run, made.tokenizer_size, lambda limit: _tokens_over(run, records, limit))
     return records
 
 
@@ -36,9 +36,9 @@ def check_tokenizer(run: RunFile) -> Path:
     """The folder of the run's tokenizer, which is no larger than the model; the data may be gone or of another.
 
     Raises:
-        CptainError: see `check_vocabulary`; or model.tokenizer names a folder without one.
+        CptainError: see `check_size`; or model.tokenizer names a folder without one.
     """
-    folder = model_folder(run.tokenizer)
+    folder = tokenizer_folder(run)
     if not has_tokenizer(folder) and run.model.tokenizer is None:
         return folder  # a model alone
     try:
@@ -48,8 +48,8 @@ def check_tokenizer(run: RunFile) -> Path:
     if records and records[0].recipe.tokenizer == tokenizer_hash(folder):
         size = records[0].recipe.tokenizer_size
     else:
-        records, size = [], tokenizer_facts(run.tokenizer).size
-    check_vocabulary(folder, size, run.model.hf, lambda limit: _tokens_over(run, records, limit))
+        records, size = [], tokenizer_facts(run.tokenizer, run.tokenizers_folder).size
+    check_size(run, size, lambda limit: _tokens_over(run, records, limit))
     return folder
 
 

@@ -8,13 +8,14 @@ once none is missing. Records outlive what data.input names: a file's own says w
 import hashlib
 import json
 import random
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cptain import atomic
+from cptain.data.many_files import answers
 from cptain.data.recipe import Recipe
 from cptain.errors import CptainError, one_line
 
@@ -122,7 +123,13 @@ def remove_record(data_folder: Path, prefix: str) -> None:
 
 def write_record(data_folder: Path, record: Record) -> None:
     """Record that a file is done."""
-    atomic.write_json(_record_file(data_folder, record.prefix), asdict(record))
+    content = {**vars(record), "recipe": vars(record.recipe)}
+    atomic.write_text(_record_file(data_folder, record.prefix), _json(content) + "\n")
+
+
+def _json(value: Any) -> str:
+    """JSON on one line, which Python writes ten times as fast as JSON that is indented."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_record(data_folder: Path, prefix: str) -> Record | None:
@@ -138,21 +145,23 @@ def read_records(data_folder: Path) -> list[Record]:
     """The records of every file that is done, those that data.input no longer names among them."""
     folder = data_folder / ".records"
     prefixes = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.json"))
-    with ThreadPoolExecutor(16) as pool:  # a parallel file system answers many at once
-        records = pool.map(lambda prefix: read_record(data_folder, prefix), prefixes)
-        return [record for record in records if record]
+    return [record for record in answers(partial(read_record, data_folder), prefixes) if record]
 
 
 def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]) -> None:
-    """Write manifest.json with its totals, for the globs of data.input; the records have one recipe."""
+    """Write manifest.json with its totals, for the globs of data.input, and a line a record; they have one recipe."""
     totals = {
         key: sum(getattr(record, key) for record in records)
         for key in ("documents", "tokens", "text_bytes", "lines", "skipped", "blank")
     }
-    described = [asdict(record) for record in records]
-    recipes = [record.pop("recipe") for record in described]
-    content = {"input": patterns, "recipe": recipes[0], "files": len(records), **totals, "records": described}
-    atomic.write_json(data_folder / FILE_NAME, content)
+    content = {"input": patterns, "recipe": vars(records[0].recipe), "files": len(records), **totals}
+    with atomic.atomic_file(data_folder / FILE_NAME) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write("{\n" + "".join(f"  {_json(key)}: {_json(value)},\n" for key, value in content.items()))
+        file.write('  "records": [')
+        for place, record in enumerate(records):
+            described = {key: value for key, value in vars(record).items() if key != "recipe"}
+            file.write(f"{',' if place else ''}\n    {_json(described)}")
+        file.write("\n  ]\n}\n")
 
 
 def read_manifest(data_folder: Path, patterns: list[str]) -> list[Record]:

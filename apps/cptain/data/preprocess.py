@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -34,26 +35,29 @@ from cptain.data.manifest import (
     remove_record,
     write_manifest,
 )
+from cptain.data.many_files import answers
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.recipe import Recipe, recipe
 from cptain.data.tokenize_file import Read, Task, count_file, half_written, tokenize_file
 from cptain.data.tokenizer import Tokenizer, TokenizerFacts, tokenizer_facts
+from cptain.data.vocabulary import check_size, tokenizer_folder
 from cptain.errors import FAILED, CptainError, Interrupted
-from cptain.model.architecture import model_folder
-from cptain.model.vocabulary import Over, check_vocabulary
+from cptain.model.vocabulary import Over
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
 
 _FOLDERS_SHOWN = 40
 _LOOKED_AT = 1 << 20  # bytes of text that show how much of it a model too small cannot hold
 _CORES_A_FILE = 32  # the process that reads a file feeds no more, and shares 9 MB of memory with each
+_AHEAD = 4  # files for each process that wait in the pool, which holds six objects for each
 _Work = Callable[[Task, Tokenizer, int, Read], Record]
 
 
 def _tasks(run: RunFile, recipe: Recipe, force: bool, files: dict[str, Path]) -> list[Task]:
     """The work on files that have names in the data folder."""
 
-    def task(name: str, file: Path) -> Task:
+    def task(named: tuple[str, Path]) -> Task:
+        name, file = named
         stat = file.stat()
         record = Record(
             input=str(file),
@@ -65,8 +69,7 @@ def _tasks(run: RunFile, recipe: Recipe, force: bool, files: dict[str, Path]) ->
         )
         return Task(record, run.data_folder, Encoding(str(file), recipe, run.data.check_fraction), force)
 
-    with ThreadPoolExecutor(16) as pool:  # a parallel file system answers many at once
-        return list(pool.map(task, files.keys(), files.values()))
+    return list(answers(task, files.items()))
 
 
 def _first_tokens(tasks: list[Task], tokenizer: Tokenizer, limit: int) -> Over:
@@ -84,15 +87,10 @@ def _first_tokens(tasks: list[Task], tokenizer: Tokenizer, limit: int) -> Over:
 def _plan(run: RunFile, force: bool, cache: Path | None) -> tuple[list[Task], TokenizerFacts, int]:
     """What is to be done, by which tokenizer, and how many pairs are there of files or keys that the run has not."""
     files = input_files(run.data.input)
-    facts, known = tokenizer_facts(run.tokenizer, cache), read_records(run.data_folder)
+    facts, known = tokenizer_facts(str(tokenizer_folder(run)), cache), read_records(run.data_folder)
     names = named(files, {record.input: record.name for record in known})
     tasks = _tasks(run, recipe(run, facts), force, names)
-    check_vocabulary(
-        model_folder(run.tokenizer),
-        facts.size,
-        run.model.hf,
-        lambda limit: _first_tokens(tasks, Tokenizer(run.tokenizer, facts=facts), limit),
-    )
+    check_size(run, facts.size, lambda limit: _first_tokens(tasks, Tokenizer(run.tokenizer, facts=facts), limit))
     wanted = {task.record.prefix for task in tasks}
     others = [record for record in known if record.prefix not in wanted]
     return tasks, facts, sum(1 for record in others if not record.missing_output(run.data_folder))
@@ -163,16 +161,21 @@ def _work_through(
         return
     queue = CONTEXT.SimpleQueue()
     ended: SimpleQueue[Future[Record]] = SimpleQueue()  # wait() would look at every file that is left, for each
+    waiting, left = iter(sorted(tasks, key=lambda task: -task.record.bytes)), len(tasks)
     with process_pool(processes, _begin_worker, work, tokenizer, cores, queue) as pool:
-        for task in sorted(tasks, key=lambda task: -task.record.bytes):
-            pool.submit(_worker, task).add_done_callback(ended.put)
-        left = len(tasks)
+
+        def submit(count: int) -> None:
+            for task in islice(waiting, count):
+                pool.submit(_worker, task).add_done_callback(ended.put)
+
+        submit(_AHEAD * processes)
         while left:
             while not queue.empty():
                 meter.read(*queue.get())
             with suppress(Empty):
                 future = ended.get(timeout=0.2)
                 left -= 1
+                submit(1)
                 yield future.result()
 
 
@@ -238,9 +241,9 @@ def preprocess(
         Whether a file was tokenized.
 
     Raises:
-        CptainError: see `input_files`, `check_vocabulary`, `refuse_if_in_use` and `tokenize_file`.
+        CptainError: see `input_files`, `check_size`, `refuse_if_in_use` and `tokenize_file`.
     """
-    cache = None if count_only else run.data_folder / ".tokenizer"
+    cache = None if count_only else run.tokenizers_folder
     every, facts, left = _plan(run, force, cache)
     tasks = shard(every, *part)
     done = [] if force else [record for task in tasks if (record := task.done())]
@@ -311,7 +314,7 @@ def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> lis
     if count := sum(task.begun for task in todo):
         print(f"preprocess: {count} files were begun and not finished: done from their start", file=sys.stderr)
     records = {lock_file(data_folder, task.record.prefix).parent for task in todo}
-    for folder in (data_folder, data_folder / ".tokenizer", *records):
+    for folder in (data_folder, *records):
         remove_stale_partials(folder)
     if todo:
         (data_folder / FILE_NAME).unlink(missing_ok=True)  # until every file is done again

@@ -117,7 +117,8 @@ class _Decompressor(Protocol):
 
 def stem(file: Path) -> str:
     """The file's name without .jsonl and what says how it is compressed."""
-    return next(file.name.removesuffix(suffix) for suffix in reversed(SUFFIXES) if file.name.endswith(suffix))
+    name = file.name
+    return next(name.removesuffix(suffix) for suffix in reversed(SUFFIXES) if name.endswith(suffix))
 
 
 def _new_decompressor(file: Path) -> _Decompressor | None:

@@ -81,6 +81,7 @@ def half_written(folder: Path) -> dict[Path, list[Path]]:
 
 
 _SUFFIXES = (".bin", ".idx", ".skipped.jsonl")
+_SMALL = 1 << 20  # bytes: half a millisecond
 _UNHASHED = 4  # chunks of the file that may wait for their hash
 
 Read = Callable[[int, int], None]
@@ -95,6 +96,9 @@ def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encod
         hashed: list[Future[None]] = []
 
         def seen(chunk: bytes) -> None:
+            if len(chunk) < _SMALL and not hashed:  # of 20,000 small files, none is worth a thread
+                whole.update(chunk)
+                return
             hashed.append(beside.submit(whole.update, chunk))
             if len(hashed) > _UNHASHED:
                 hashed.pop(0).result()

@@ -3,7 +3,7 @@
 Megatron encodes with `tokenizer(text).input_ids`, so a BOS appears where the tokenizer itself adds one, and appends the
 tokenizer's EOS as end of document; the dtype of the ids follows from `len(tokenizer)`, added tokens included.
 
-What transformers makes of a folder (`TokenizerFacts`) is asked of transformers once, and kept in the data folder:
+What transformers makes of a folder (`TokenizerFacts`) is asked of it once, and kept for all runs of a work_dir:
 importing it and loading a tokenizer takes longer than everything else here. Ids come from the first of fastokens and
 splintr-rs that takes the tokenizer and agrees with Hugging Face's tokenizers library on every probe, else from that
 library; `check` compares documents while running. Neither of the two knows `split_special_tokens`, which no serialized
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from cptain import atomic
+from cptain import __version__, atomic
 from cptain.data.agreement import has_tables, split, unlike
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import model_folder
@@ -146,7 +146,7 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
     folder = model_folder(name)
     _check_format(folder)
     digest = tokenizer_hash(folder)
-    file = cache / f"{digest}-{version('transformers')}.json" if cache else None
+    file = kept_file(cache, digest, "transformers") if cache else None
     if file is not None and file.is_file():
         with suppress(OSError, ValueError):  # asked again
             known: dict[str, Any] = orjson.loads(file.read_bytes())
@@ -154,8 +154,16 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
                 return TokenizerFacts(**known)
     facts = TokenizerFacts(digest, **_ask_transformers(folder))
     if file is not None:
-        atomic.write_json(file, asdict(facts))
+        atomic.remove_stale_partials(file.parent)
+        with suppress(OSError, CptainError):  # of another user of the work_dir: asked every time
+            atomic.write_json(file, asdict(facts))
     return facts
+
+
+def kept_file(folder: Path, digest: str, *libraries: str) -> Path:
+    """Where an answer is kept that depends on a tokenizer's hash, on cptain and on the versions of libraries."""
+    versions = "-".join(f"{name}-{version(name)}" for name in libraries)
+    return folder / f"{digest}-cptain-{__version__}-{versions}.json"
 
 
 class Tokenizer:
@@ -207,8 +215,7 @@ class Tokenizer:
                 fast = load()
                 self._check_probes(fast)
                 if has_tables(serialized):
-                    versions = f"{name}-{version(name)}-tokenizers-{version('tokenizers')}"
-                    kept = cache / f"{facts.hash}-{versions}.json" if cache else None
+                    kept = kept_file(cache, facts.hash, name, "tokenizers") if cache else None
                     self._unlike = unlike(partial(_split_by, fast), self.exact, kept)
                 self._fast, self.backend = fast, f"{name} {version(name)}"
                 break

@@ -15,9 +15,9 @@ def trained_on(run: RunFile, records: list[Record]) -> dict[str, Any]:
     """The files that have tokens, their blend and their split.
 
     Returns:
-        What JSON keeps as it is: "files", "documents", "tokens", "split", "mix" ("tokens", "uniform", or the weight of
-        each table's glob), and "sha256" over the split and the prefix, content, tokens and weight of every file. Equal
-        values are the same training data in the same proportions.
+        What JSON keeps as it is: "files", "documents", "tokens", "split", "mix" ("tokens", "uniform", or the weight or
+        the repeats of each table's glob), "tokenizer" (its hash), and "sha256" over the split and the prefix, content,
+        tokens and weight of every file: where that is equal, it is the same training data in the same proportions.
     """
     blended = blend(run.data.mix, records)
     lines = [run.data.split]
@@ -31,7 +31,8 @@ def trained_on(run: RunFile, records: list[Record]) -> dict[str, Any]:
         "documents": sum(record.documents for _, record in blended),
         "tokens": sum(record.tokens for _, record in blended),
         "split": run.data.split,
-        "mix": mix if isinstance(mix, str) else {part.input: part.weight for part in mix},
+        "mix": mix if isinstance(mix, str) else {part.input: part.weight or f"{part.repeat:g} times" for part in mix},
+        "tokenizer": records[0].recipe.tokenizer,
         "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
     }
 

@@ -2,7 +2,8 @@
 
 An id beyond config.json's vocab_size has no row in the model's embedding. Megatron pads the embedding and would train
 such an id on a row of padding, which export cuts off: nothing on the way would say a word. What counts is the highest
-id, added tokens and holes included; a tokenizer may well be smaller than its model.
+id, added tokens and holes included; a tokenizer may well be smaller than its model. Rows for more tokens are asked for
+by [model.vocabulary] (`cptain.data.vocabulary`).
 """
 
 from collections.abc import Callable
@@ -51,5 +52,5 @@ def check_vocabulary(tokenizer_folder: Path, tokenizer_size: int, hf: str, count
     raise CptainError(
         f"{tokenizer_folder}: the tokenizer has {tokenizer_size:,} ids, and the model {size:,} ({folder}/config.json, "
         f"vocab_size): what is over has no row in the embedding{share}: enlarge the model first "
-        "(resize_token_embeddings in transformers), or name its own tokenizer in model.tokenizer"
+        "(model.vocabulary.tokenizer does), or name its own tokenizer in model.tokenizer"
     )
