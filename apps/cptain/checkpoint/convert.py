@@ -18,12 +18,15 @@ import torch
 from cptain import __version__
 from cptain.atomic import atomic_folder, remove_stale_partials
 from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
+from cptain.checkpoint.new_rows import ExtendedReader
 from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.saved_files import write_record
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.torch_dist import TorchDistWriter
 from cptain.checkpoint.tracker import RELEASE, write_tracker
+from cptain.data.vocabulary import Extension, extended, extension_of, tokenizer_folder, write_extension
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, model_folder, read_architecture
 from cptain.model.arguments import saved_arguments
@@ -135,6 +138,16 @@ def complete(folder: Path, writer: TorchDistWriter, source: dict[str, Any], arch
     writer.finish(folder, common)
 
 
+def _open(folder: Path, architecture: Architecture, extension: Extension | None) -> SafetensorsReader:
+    """The base model, whose tensors are those of its config.json; with the rows of new tokens, where there are any."""
+    reader = SafetensorsReader(folder)
+    check_tensors(reader, architecture)
+    if extension is None:
+        return reader
+    reader.close()
+    return ExtendedReader(folder, extension)
+
+
 def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
     """Convert the run's Hugging Face model, unless that is done.
 
@@ -147,14 +160,18 @@ def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
         Whether anything was written.
 
     Raises:
-        CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json.
+        CptainError: the model is not supported, or its weights are missing, damaged or not those of its config.json; or
+            see `cptain.data.vocabulary.extension_of`.
     """
     folder, root = model_folder(run.model.hf), run.megatron_folder
     release = root / RELEASE
-    architecture = read_architecture(folder)
-    with SafetensorsReader(folder) as reader:
-        check_tensors(reader, architecture)
-        source = source_of(folder, reader)
+    base = read_architecture(folder)
+    if run.model.vocabulary:
+        tokenizer_folder(run)  # a model alone needs none
+    extension = extension_of(run)
+    architecture = extended(base, extension)
+    with _open(folder, base, extension) as reader:
+        source = source_of(folder, reader, extension)
         remove_stale_partials(root)
         if not force and is_converted(root, source):
             print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
@@ -163,7 +180,10 @@ def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
         writer = plan(reader, architecture)
         with Progress("convert", reader.bytes, "B") as progress, atomic_folder(release) as partial:
             write_files(partial, writer.files, workers, progress.advance)
+            if extension:
+                write_extension(partial, extension)
             complete(partial, writer, source, architecture)
+            write_record(partial)
         write_tracker(root, None)
         print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
     return True

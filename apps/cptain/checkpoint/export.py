@@ -12,17 +12,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cptain.atomic import atomic_folder, remove_stale_partials
+from cptain.checkpoint.in_use import being_read
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import rules
 from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
+from cptain.checkpoint.saved_files import compare_record
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
@@ -31,8 +32,9 @@ from cptain.data.check import check_tokenizer
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
 from cptain.data.tokenizer import is_tokenizer_file
+from cptain.data.vocabulary import extension_of, run_architecture
 from cptain.errors import CptainError
-from cptain.model.architecture import model_folder, read_architecture, read_config
+from cptain.model.architecture import model_folder, read_config
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
 
@@ -57,10 +59,11 @@ def _rounded(name: str, fill: Fill, before: torch.dtype, after: torch.dtype) -> 
     return fill if before == after else converted
 
 
-def _config_json(base: Path, dtype: torch.dtype) -> str:
-    """The model's config.json, with the dtype and the rotation in the words of transformers 4 and of 5: either would
-    take its default, without a word, for a key that only the other has."""
+def _config_json(base: Path, dtype: torch.dtype, vocab_size: int) -> str:
+    """The base's config.json with the model's vocab_size, and with dtype and rotation in the words of transformers 4
+    and of 5: either would take its default, without a word, for a key that only the other has."""
     config = read_config(base)
+    config["vocab_size"] = vocab_size
     config["torch_dtype"] = config["dtype"] = str(dtype).removeprefix("torch.")
     rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
@@ -152,18 +155,20 @@ def export(
         Whether anything was written.
 
     Raises:
-        CptainError: no such checkpoint, an incomplete one, one that is not of the run's model, or a larger tokenizer.
+        CptainError: no such checkpoint, an incomplete one, one that is not of the run's model, a larger tokenizer, or
+            another vocabulary than it was trained with.
     """
     base = model_folder(run.model.hf)
-    architecture = read_architecture(base)
     carried = _carried(base, check_tokenizer(run))
+    architecture = run_architecture(run)
     source = iteration_folder(run.checkpoints_folder, iteration)
     if not source.is_dir():
         saved = ", ".join(sorted(path.name for path in run.checkpoints_folder.glob("iter_*"))) or "none"
         raise CptainError(f"{source}: no such checkpoint (there: {saved})")
     target = run.hf_folder / source.name
-    with open_megatron(source) as reader:
+    with being_read(source), open_megatron(source) as reader:
         check_checkpoint(reader, architecture)
+        compare_record("export", reader)
         remove_stale_partials(target.parent)
         found = {reader.dtype(rule.key) for rule in rules(architecture)}
         if dtype is None and len(found) > 1:
@@ -176,20 +181,24 @@ def export(
             dtype,
             shard_bytes,
         )
-        config = _config_json(base, dtype)
+        config = _config_json(base, dtype, architecture.vocab_size)
         if not force and _is_done(target, carried, writer, config, workers):
             reader.check_members(workers)
             print(f"export: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
             return False
         began = time.monotonic()
-        card = b""
-        if not force:  # it may have been edited
-            with suppress(FileNotFoundError):
-                card = (target / MODEL_CARD).read_bytes()
-        card = card or model_card(run, base, iteration).encode()
+        card = (b"" if force else _card_there(target)) or model_card(run, base, iteration, extension_of(run)).encode()
         _write(target, reader, writer, workers, carried, {"config.json": config.encode(), MODEL_CARD: card})
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return True
+
+
+def _card_there(target: Path) -> bytes:
+    """The card of an earlier export, which may have been edited."""
+    try:
+        return (target / MODEL_CARD).read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _write(

@@ -90,6 +90,7 @@ _ATTENTION, _MLP = "decoder.layers.self_attention", "decoder.layers.mlp"
 _HF = "model.layers.{layer}"
 _EMBEDDING = Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocabulary", "hidden")),))
 _OUTPUT = Rule("output_layer.weight", (("lm_head.weight", ("vocabulary", "hidden")),))
+VOCABULARY_TENSORS = tuple(rule.hf[0][0] for rule in (_EMBEDDING, _OUTPUT))  # those with a row for every token
 _LAYER = (
     Rule(f"{_ATTENTION}.linear_qkv.layer_norm_weight", ((f"{_HF}.input_layernorm.weight", ("hidden",)),)),
     Rule(

@@ -11,10 +11,12 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from cptain import __version__
+from cptain.data.vocabulary import Extension
 from cptain.history import Start, read_history, stretches
 from cptain.model.architecture import read_config
 from cptain.progress import human
 from cptain.run_file import RunFile
+from cptain.run_train import Train
 
 MODEL_CARD = "README.md"
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")  # a model's folder in the hub's cache
@@ -47,17 +49,45 @@ def _software(versions: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
+def _branched(branch: dict[str, Any] | None) -> str:
+    """train.from in words."""
+    if branch is None:
+        return ""
+    what = "" if branch["optimizer"] else "the weights of "
+    return f"{what}step {branch['iteration']:,} of the run {Path(branch['run']).name}"
+
+
+def _mixed(mix: str | list[dict[str, Any]]) -> str:
+    """[[data.mix]] in words; a table without a name, whose glob is a path, by its place."""
+    if isinstance(mix, str):
+        return ""
+    return ", ".join(
+        f"{one.get('name') or f'part {place}'} {one['weight']:g}"
+        if one.get("weight")
+        else f"{one.get('name') or f'part {place}'} {one['repeat']:g} times"
+        for place, one in enumerate(mix, 1)
+    )
+
+
 def _described(start: Start) -> dict[str, str]:
     """How one start of training trained, a line of the card each."""
     train, layout, data = start.run["train"], start.layout, start.data
+    said = Train.model_construct(**train)  # as it was said, by whichever version
     arguments = " ".join(f"`{'…' if '/' in word else word}`" for word in train["megatron_args"])
     sizes = ", ".join(f"{kind} {layout[kind]}" for kind in ("tensor", "pipeline", "context"))
     return {
         "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens" if data else "",
+        "begins with": _branched(train.get("from")),
+        "mix": _mixed(start.run["data"]["mix"]),
+        "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),
         "sequence length": f"{train['seq_length']:,}",
         "global batch size": f"{train['global_batch_size']:,} sequences",
-        "learning rate": f"{train['lr']:g}, cosine to {train['min_lr']:g}, {train['warmup_steps']:,} steps of warm-up",
-        "training precision": train["precision"],
+        "learning rate": said.described_schedule(start.steps),
+        "optimizer": f"Adam, betas {said.adam_beta1:g} and {said.adam_beta2:g}, epsilon {said.adam_eps:g}, "
+        f"weight decay {said.weight_decay:g}, gradients clipped at {said.clip_grad:g}"
+        + (f", z-loss {said.z_loss:g}" if said.z_loss else ""),
+        "seed": str(said.seed),
+        "training precision": train["precision"] + (f" ({said.fp8_recipe})" if said.fp8_recipe else ""),
         "parallel": f"{sizes}, {layout['processes']} processes",
         "other Megatron arguments": arguments,
         "software": _software(start.versions),
@@ -91,13 +121,21 @@ def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def model_card(run: RunFile, base: Path, iteration: int | None) -> str:
+def _vocabulary(extension: Extension) -> str:
+    """What was added to the base model's vocabulary, and how it began."""
+    whose = "the pieces that the base's tokenizer splits it into" if extension.initialise == "subword-mean" else "all"
+    new = f"{len(extension.pieces):,} of them new (ids {extension.first:,} to {extension.size - 1:,})"
+    return f"{extension.size:,} tokens, {new}; a new token's rows began as the mean of those of {whose}"
+
+
+def model_card(run: RunFile, base: Path, iteration: int | None, extension: Extension | None = None) -> str:
     """The card of a model that was exported from `iteration` (None: a release, which nothing trained) of a run.
 
     Args:
         run: the run. How it was trained is in its history; its run file may have been edited since.
         base: the folder of the model that the run began with.
         iteration: optimizer steps.
+        extension: tokens that the model has and the base has not.
     """
     hub_id = _hub_id(run.model.hf, base)
     name = hub_id or base.name
@@ -118,5 +156,8 @@ def model_card(run: RunFile, base: Path, iteration: int | None) -> str:
             f"with cptain {__version__}."
         )
         lines += ["", "| | |", "| --- | --- |"]
-        lines += [f"| {key} | {value} |" for key, value in _rows(run.folder, base, iteration)]
+        rows = _rows(run.folder, base, iteration)
+        if extension:
+            rows.insert(1, ("vocabulary", _vocabulary(extension)))
+        lines += [f"| {key} | {value} |" for key, value in rows]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"

@@ -7,15 +7,17 @@ from typing import Any
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import RELEASE, TRACKER
+from cptain.data.vocabulary import Extension
 from cptain.errors import CptainError
 
 SOURCE = "source.json"
 
 
-def source_of(folder: Path, reader: SafetensorsReader) -> dict[str, Any]:
+def source_of(folder: Path, reader: SafetensorsReader, extension: Extension | None = None) -> dict[str, Any]:
     """What a release was made of, kept beside it so that a changed model is converted again."""
     files = [folder / "config.json", *reader.files]
-    return {"model": str(folder), "files": {file.name: _stat(file) for file in files}}
+    source = {"model": str(folder), "files": {file.name: _stat(file) for file in files}}
+    return {**source, "vocabulary": extension.described()} if extension else source
 
 
 def _stat(file: Path) -> list[int]:
@@ -34,9 +36,9 @@ def is_converted(root: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def check_converted_from(root: Path, folder: Path) -> None:
-    """Refuse a release that was converted from another model than the one in `folder`, of whose weights nothing shows
-    in a tensor's shape.
+def check_converted_from(root: Path, folder: Path, extension: Extension | None) -> None:
+    """Refuse a release that was converted from another model than the one in `folder`, or with other new tokens, of
+    whose weights nothing shows in a tensor's shape.
 
     Raises:
         CptainError: which model or file differs. Weights that are no longer there are not missed.
@@ -50,6 +52,8 @@ def check_converted_from(root: Path, folder: Path) -> None:
         raise CptainError(
             f"{root / RELEASE}: converted from {source['model']}, and model.hf is {folder}: run convert again"
         )
+    if source.get("vocabulary") != (extension.described() if extension else None):
+        raise CptainError(f"{root / RELEASE}: converted with another [model.vocabulary]: run convert again")
     for name, stat in files.items():
         if (folder / name).exists() and _stat(folder / name) != stat:
             raise CptainError(f"{folder / name}: changed since {root / RELEASE} was made of it: run convert again")

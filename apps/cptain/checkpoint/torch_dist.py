@@ -15,18 +15,19 @@ is read runs nothing (see `torch_save`), and is checked before it is believed: a
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cptain.checkpoint.checksums import Member, zip_directory
 from cptain.checkpoint.folder_files import FolderFiles
 from cptain.checkpoint.mapping import Shape
-from cptain.checkpoint.streaming import Buffers, FilePlan, Fill, Rows, in_threads
+from cptain.checkpoint.streaming import FilePlan, Fill, Rows
 from cptain.checkpoint.torch_save import (
     SavedArchive,
     SavedTensor,
@@ -48,7 +49,7 @@ _SMALLEST_FILE, _LARGEST_FILE = 64 << 20, 2 << 30
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where an archive lies: a file of the folder, and the bytes of it."""
 
     file: str
@@ -62,7 +63,7 @@ class _Chunk:
 
     offset: Shape
     shape: Shape
-    place: _Place
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Tensor:
     chunks: list[_Chunk]
 
 
-def _pickled(tensors: dict[str, _Tensor], objects: dict[str, _Place]) -> bytes:
+def _pickled(tensors: dict[str, _Tensor], objects: dict[str, Place]) -> bytes:
     """The content of .metadata, in torch's own classes. Whoever only reads need not wait half a second for them."""
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -99,7 +100,7 @@ class TorchDistWriter:
         self.files: list[FilePlan] = []
         self._file_bytes = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
         self._tensors: dict[str, _Tensor] = {}
-        self._objects: dict[str, _Place] = {}
+        self._objects: dict[str, Place] = {}
 
     def add_chunk(
         self, key: str, shape: Shape, offset: Shape, chunk: Shape, dtype: torch.dtype, rows: int, fill: Fill
@@ -139,11 +140,11 @@ class TorchDistWriter:
         file.pieces.append((place.offset, content.getvalue()))
         self._objects[f"{key}/shard_{shard}_{shards}"] = place
 
-    def _append(self, length: int) -> tuple[FilePlan, _Place]:
+    def _append(self, length: int) -> tuple[FilePlan, Place]:
         if not self.files or self.files[-1].bytes >= self._file_bytes:
             self.files.append(FilePlan(f"__{len(self.files)}_0.distcp"))
         file = self.files[-1]
-        place = _Place(file.name, file.bytes, length)
+        place = Place(file.name, file.bytes, length)
         file.bytes += length
         return file, place
 
@@ -166,14 +167,14 @@ def _printable(name: Any) -> str:
     return name
 
 
-def _read_place(info: Stub) -> _Place:
+def _read_place(info: Stub) -> Place:
     name = _printable(info.relative_path)
     if name in ("", ".", "..") or "/" in name:
         raise ValueError(f"{name}: a file must lie in the checkpoint's folder")
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"{name}: is compressed")
     offset, length = numbers((info.offset, info.length))
-    return _Place(name, offset, length)
+    return Place(name, offset, length)
 
 
 def _overlap(chunks: list[_Chunk]) -> bool:
@@ -193,7 +194,7 @@ def _overlap(chunks: list[_Chunk]) -> bool:
     return False
 
 
-def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], _Place]) -> _Tensor:
+def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], Place]) -> _Tensor:
     """An entry of .metadata. Raises ValueError where its chunks do not fill it exactly, or their archives cannot."""
     dtype = entry.properties.state[0]
     if not isinstance(dtype, torch.dtype):
@@ -221,6 +222,7 @@ class TorchDistReader(FolderFiles):
 
     Attributes:
         common: what the checkpoint holds beside tensors, see `common_state`.
+        archives: every archive of the .distcp files, with the tensor or object that it holds a part of.
 
     Raises:
         CptainError: not a checkpoint, an incomplete one, one whose chunks do not make whole tensors, or one whose
@@ -246,7 +248,7 @@ class TorchDistReader(FolderFiles):
         self._check_files()
         common = next((name for name in self._objects if name.startswith("common_state/")), _COMMON_FILE)
         if (folder / _COMMON_FILE).is_file():
-            place = _Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size)
+            place = Place(_COMMON_FILE, 0, (folder / _COMMON_FILE).stat().st_size)
         elif common in self._objects:
             place = self._objects[common]
         else:
@@ -256,15 +258,16 @@ class TorchDistReader(FolderFiles):
     def _read_metadata(self, metadata: Any) -> None:
         if not is_a(metadata, "Metadata"):
             raise ValueError("it holds no Metadata")
-        places: dict[tuple[str, Shape | None], _Place] = {}
+        places: dict[tuple[str, Shape | None], Place] = {}
         for index, info in metadata.storage_data.items():
             offset = getattr(index, "offset", None)  # an object's index has none
             offset = None if offset is None else numbers(offset)
             places[_printable(index.fqn), offset] = _read_place(info)
         if len(set(places.values())) < len(places):
             raise ValueError("two of its chunks or objects lie at one place")
+        self.archives = {place: name for (name, _), place in places.items()}
         self._tensors: dict[str, _Tensor] = {}
-        self._objects: dict[str, _Place] = {}
+        self._objects: dict[str, Place] = {}
         for key, entry in metadata.state_dict_metadata.items():
             if is_a(entry, "BytesStorageMetadata"):
                 if (place := places.get((_printable(key), None))) is None:
@@ -273,7 +276,7 @@ class TorchDistReader(FolderFiles):
             elif not _printable(key).startswith(_NOT_THE_MODEL):
                 self._tensors[key] = _read_tensor(key, entry, places)
         self._by_layer: dict[str, dict[int, list[_Chunk]]] = {}
-        self._found: dict[_Place, SavedTensor] = {}
+        self._found: dict[Place, SavedTensor] = {}
         self._sizes: dict[str, int] = {}
         for place in places.values():
             self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
@@ -289,11 +292,17 @@ class TorchDistReader(FolderFiles):
             except OSError as error:
                 raise CptainError(f"{file}: cannot be read: {one_line(error)}") from error
 
-    def _object(self, name: str, place: _Place, whole: bool = False) -> Any:
+    @contextmanager
+    def _naming(self, place: Place, name: str) -> Iterator[None]:
+        """Give an error of what is in an archive the file and the tensor or object."""
         try:
-            return SavedArchive(self.descriptor(place.file), place.offset, place.length, whole).content
+            yield
         except ValueError as error:
             raise CptainError(f"{self.folder / place.file}: {name}: {one_line(error)}") from error
+
+    def _object(self, name: str, place: Place, whole: bool = False) -> Any:
+        with self._naming(place, name):
+            return SavedArchive(self.descriptor(place.file), place.offset, place.length, whole).content
 
     def check_objects(self) -> None:
         """Look through every pickle of the checkpoint, for Megatron itself will load them.
@@ -307,25 +316,14 @@ class TorchDistReader(FolderFiles):
             for chunk in tensor.chunks:
                 self._find(key, tensor, chunk)
 
-    def check_tensors(self, workers: int, advance: Callable[[int], None]) -> None:
-        """Read the model's tensors, in threads, and check them: Megatron loads them without asking for their checksums.
+    def directory(self, place: Place) -> tuple[bytes, list[Member]]:
+        """The directory of an archive, see `zip_directory`.
 
         Raises:
-            CptainError: one is not what was written.
+            CptainError: it has none.
         """
-
-        def check(key: str, tensor: _Tensor, chunk: _Chunk, buffers: Buffers) -> int:
-            return self.check_member(chunk.place.file, self._find(key, tensor, chunk).storage, key, buffers)
-
-        tasks = [partial(check, key, tensor, chunk) for key, tensor in self._tensors.items() for chunk in tensor.chunks]
-        with in_threads(tasks, workers, buffers=1) as checked:
-            for count in checked:
-                advance(count)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the model's tensors."""
-        return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors.values())
+        with self._naming(place, self.archives[place]):
+            return zip_directory(self.descriptor(place.file), place.offset, place.length)
 
     def names(self) -> list[str]:
         """The keys of the model's tensors: those of the optimizer, the schedule and the random states are left out."""
@@ -383,13 +381,11 @@ class TorchDistReader(FolderFiles):
         place = chunk.place
         if (saved := self._found.get(place)) is not None:
             return saved
-        try:
+        with self._naming(place, key):
             archive = SavedArchive(self.descriptor(place.file), place.offset, place.length)
             saved = archive.find(archive.content)
             if (saved.shape, saved.dtype) != (chunk.shape, tensor.dtype):
                 found = f"{list(saved.shape)} {saved.dtype}"
                 raise ValueError(f"a chunk of {found} where {_METADATA} has {list(chunk.shape)} {tensor.dtype}")
-        except ValueError as error:
-            raise CptainError(f"{self.folder / place.file}: {key}: {one_line(error)}") from error
         self._found[place] = saved
         return saved

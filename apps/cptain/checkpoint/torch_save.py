@@ -9,7 +9,6 @@ storage, and `<name>/data/<storage>` holds the storage's bytes.
 """
 
 import io
-import os
 import pickle
 import pickletools
 import signal
@@ -24,11 +23,10 @@ from typing import Any
 
 import torch
 
-from cptain.checkpoint.checksums import Member
+from cptain.checkpoint.checksums import Member, Window, check_stored, located
 from cptain.errors import one_line
 
 _PIECE = 1 << 20  # bytes of a member that are checked at once
-_LONGEST_READ = 64 << 20  # bytes of a zip directory or of a pickle: those of real checkpoints are far smaller
 
 
 class Stub:
@@ -174,38 +172,6 @@ def stubs(value: Any) -> Iterator[Stub]:
     yield from value
 
 
-class _Window(io.RawIOBase):
-    """Bytes `offset` to `offset + length` of a file, seekable, for zipfile; reads what it is asked for and no more."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError(f"it points to byte {base + offset}")
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        room = max(0, self._length - self._position)
-        wanted = room if size < 0 else min(size, room)
-        if wanted > _LONGEST_READ:
-            raise ValueError(f"it asks for {wanted} bytes at once")
-        content = os.pread(self._descriptor, wanted, self._offset + self._position)
-        self._position += len(content)
-        return content
-
-
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -241,7 +207,7 @@ class SavedArchive:
     def __init__(self, descriptor: int, offset: int, length: int, whole: bool = False) -> None:
         self._descriptor, self._offset, self._length = descriptor, offset, length
         try:
-            with zipfile.ZipFile(_Window(descriptor, offset, length)) as archive:
+            with zipfile.ZipFile(Window(descriptor, offset, length)) as archive:
                 self._members: dict[str, list[zipfile.ZipInfo]] = {}
                 for info in archive.infolist():  # whose names all begin with a folder of the archive's own
                     self._members.setdefault(info.filename.split("/", 1)[-1], []).append(info)
@@ -256,8 +222,7 @@ class SavedArchive:
         found = self._members.get(name, [])
         if len(found) != 1:
             raise ValueError(f"it has {len(found)} members {ascii(name)[1:-1][:80]}")
-        if found[0].compress_type != zipfile.ZIP_STORED or found[0].compress_size != found[0].file_size:
-            raise ValueError(f"{ascii(name)[1:-1][:80]} is compressed")
+        check_stored(found[0])
         return found[0]
 
     @staticmethod
@@ -284,7 +249,7 @@ class SavedArchive:
         if not is_a(tensor, "_rebuild_tensor_v2"):
             raise ValueError("it holds no tensor")
         (_, storage_type, name, *_), first, shape, stride = tensor.arguments[:4]
-        member = self._member(f"data/{name}")
+        storage = located(self._descriptor, self._offset, self._length, self._member(f"data/{name}"))
         dtype = _STORAGES.get(getattr(storage_type, "__name__", ""))
         if dtype is None:
             raise ValueError(f"a tensor of {ascii(storage_type)[:80]}")
@@ -294,17 +259,9 @@ class SavedArchive:
             for place, (extent, step) in enumerate(zip(shape, stride, strict=True))
         ):
             raise ValueError(f"a tensor of {list(shape)} that is not contiguous")
-        signature, name_length, extra_length = struct.unpack(
-            "<4s22xHH", os.pread(self._descriptor, 30, self._offset + member.header_offset)
-        )
-        begin = member.header_offset + 30 + name_length + extra_length
-        if signature != b"PK\3\4" or begin + member.file_size > self._length:
-            raise ValueError("a storage that lies outside its archive")
-        if (first + prod(shape)) * dtype.itemsize > member.file_size:
+        if (first + prod(shape)) * dtype.itemsize > storage.end - storage.begin:
             raise ValueError("a storage that is smaller than its tensor")
-        begin += self._offset
-        storage = Member(begin, begin + member.file_size, member.CRC)
-        return SavedTensor(dtype, shape, begin + first * dtype.itemsize, storage)
+        return SavedTensor(dtype, shape, storage.begin + first * dtype.itemsize, storage)
 
 
 class _Storage:

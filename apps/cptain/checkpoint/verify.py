@@ -23,11 +23,14 @@ from cptain import __version__, atomic
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.model_files import differences, dtype_differences
+from cptain.checkpoint.new_rows import ExtendedReader, open_hf, rows_apart, told
 from cptain.checkpoint.safetensors_folder import SafetensorsReader
+from cptain.checkpoint.saved_files import compare_record
 from cptain.checkpoint.streaming import Buffers, Fill, in_threads, same_bits
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import TRACKER, iteration_folder, read_tracker
+from cptain.data.vocabulary import Extension, extended, read_extension
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, read_architecture
 from cptain.progress import Progress
@@ -81,6 +84,17 @@ def tensors(
     check_checkpoint(reader, architecture)
     return {
         name: _Tensor(shape, dtype, shape[0], fill) for name, shape, dtype, fill in hf_tensors(reader, architecture)
+    }
+
+
+def _new_rows_apart(side: dict[str, _Tensor], extension: Extension | None) -> dict[str, _Tensor]:
+    """The rows of new tokens as tensors of their own, where there are any: they differ, or the base's do."""
+    if extension is None:
+        return side
+    return {
+        apart: _Tensor((rows, *tensor.shape[1:]), tensor.dtype, rows, fill)
+        for name, tensor in side.items()
+        for apart, rows, fill in rows_apart(extension, name, tensor.rows, tensor.fill)
     }
 
 
@@ -205,6 +219,8 @@ def _compare_logits(folders: list[Path], architecture: Architecture) -> dict[str
 
     prompts = prompt_tokens(next(folder for folder in folders if _is_hf(folder)), architecture.vocab_size)
     a, b = ((hf_logits if _is_hf(folder) else megatron_logits)(folder, architecture, prompts) for folder in folders)
+    columns = min(a[0].shape[1], b[0].shape[1])  # a base model has no logits of tokens that are new
+    a, b = ([logits[:, :columns] for logits in side] for side in (a, b))
     difference = max(float(abs(one - other).max()) for one, other in zip(a, b, strict=True))
     largest = max(float(abs(one).max()) for one in a)
     same = sum(int((one.argmax(1) == other.argmax(1)).sum()) for one, other in zip(a, b, strict=True))
@@ -262,6 +278,20 @@ def _beside(folders: list[Path], sides: list[dict[str, _Tensor]]) -> list[str]:
     ]
 
 
+def _open(
+    folders: list[Path],
+) -> tuple[list[SafetensorsReader | TorchDistReader | LegacyReader], Architecture | None, Extension | None]:
+    """Both sides; the architecture that a Hugging Face one says; and which tokens are new, where a base model is
+    compared with a checkpoint that was converted from it with new tokens: its side then has rows for them too."""
+    found = next(filter(None, [read_extension(folder) for folder in folders if not _is_hf(folder)]), None)
+    readers = [open_hf(folder, found) if _is_hf(folder) else open_megatron(folder) for folder in folders]
+    for reader in readers:
+        compare_record("verify", reader)
+    architecture = next(iter([read_architecture(folder) for folder in folders if _is_hf(folder)]), None)
+    extension = found if any(isinstance(reader, ExtendedReader) for reader in readers) else None
+    return readers, extended(architecture, extension) if architecture else None, extension
+
+
 def _record(folder: Path, record: dict[str, Any]) -> None:
     """Write verify.json, whose paths are relative to the folder: it may be published. A quick look replaces no full
     comparison."""
@@ -286,19 +316,20 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
         CptainError: a difference, or a side that cannot be read.
     """
     folders = [resolve(a), resolve(b)]
-    readers = [SafetensorsReader(folder) if _is_hf(folder) else open_megatron(folder) for folder in folders]
-    architecture = next(iter([read_architecture(folder) for folder in folders if _is_hf(folder)]), None)
+    readers, architecture, extension = _open(folders)
     if logits:
         _check_before_logits(readers, architecture)
     shared = None if all(map(_is_hf, folders)) else architecture
     began = time.monotonic()
-    sides = [tensors(reader, shared) for reader in readers]
+    sides = [_new_rows_apart(tensors(reader, shared), extension) for reader in readers]
     rows = compare_tensors(sides[0], sides[1], workers, sample)
     for reader in readers:
         if not sample:  # which would read all of it
             reader.check_members(workers)
         reader.close()
     _print_table(rows)
+    if extension:
+        click.echo(f"\n{told(extension)}")
     beside = _beside(folders, sides)
     for line in ("", *beside) if beside else ():
         click.echo(line)
@@ -327,7 +358,7 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
                 folder, {**record, "a": os.path.relpath(folders[0], folder), "b": os.path.relpath(folders[1], folder)}
             )
     _verdict(len(rows) - equal, len(rows), beside, record.get("logits"))
-    print("verify: equal", file=sys.stderr)
+    print(f"verify: equal{_not_compared(folders, sample)}", file=sys.stderr)
 
 
 def _check_before_logits(
@@ -345,6 +376,14 @@ def _check_before_logits(
             )
         if isinstance(reader, TorchDistReader):
             reader.check_objects()
+
+
+def _not_compared(folders: list[Path], sample: bool) -> str:
+    """What "equal" does not say of two folders."""
+    sampled = " as far as 1 MB of each tensor shows, of which no checksum was checked" if sample else ""
+    one_is_hf = len({_is_hf(folder) for folder in folders}) == 2
+    beside = "; a Megatron checkpoint holds no tokenizer and no generation_config.json: compare the export's with the "
+    return sampled + (f"{beside}base model's" if one_is_hf else "")
 
 
 def _verdict(different: int, tensors: int, beside: list[str], logits: dict[str, Any] | None) -> None:
