@@ -7,6 +7,9 @@ from pathlib import Path
 
 _STEP = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _FIELD = re.compile(r"([A-Za-z][A-Za-z0-9 ()/.-]*?):\s+([-+0-9.eEnaif]+)\s*\|")
+_SET = re.compile(r"\| validation/(\S+) value: ([-+0-9.eEnaif]+)")  # cptain.training.validation names them so
+# Megatron's own lines, and that of cptain's script when a rank ends. Adam's moments are not there after the first step.
+_PEAK = re.compile(r"\[Rank (\d+)\] \((?!after 1 iterations)[^)]*\) memory \(MB\).*?max allocated: ([\d.]+)")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+).*?\| lm loss value: ([-+0-9.eE]+)")
 
 
@@ -64,6 +67,11 @@ def parse_validation(line: str) -> tuple[int, float] | None:
     return (int(match[1]), float(match[2])) if match else None
 
 
+def parse_validation_sets(line: str) -> dict[str, float]:
+    """The loss of each validation set that the line of a validation reports; none where they have no names."""
+    return {name: float(loss) for name, loss in _SET.findall(line)}
+
+
 def read_steps(logs: Iterable[Path]) -> list[Step]:
     """The steps of a run from its logs, given oldest first; of a step that was trained twice the later one counts."""
     steps: dict[int, Step] = {}
@@ -73,6 +81,16 @@ def read_steps(logs: Iterable[Path]) -> list[Step]:
                 if step := parse_step(line):
                     steps[step.number] = step
     return [steps[number] for number in sorted(steps)]
+
+
+def read_peaks(log: Path) -> dict[int, float]:
+    """The most bytes that PyTorch had allocated, by rank, as far as the log says."""
+    peaks: dict[int, float] = {}
+    with open(log, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            for rank, megabytes in _PEAK.findall(line):
+                peaks[int(rank)] = max(peaks.get(int(rank), 0.0), float(megabytes) * 2**20)
+    return {rank: peak for rank, peak in peaks.items() if peak}
 
 
 def train_logs(logs_folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Arguments that Megatron's parser takes and no code of Megatron's reads: such a one would change nothing, in silence.
 
 Each release leaves some behind (core 0.19.2 has --check-for-spiky-loss and --rampup-batch-size, for example, which
-0.13.1 reads), so that the Megatron at hand is asked, not a list.
+0.13.1 reads), so that the Megatron at hand is asked, not a list. What cptain itself passes is looked at by the tests:
+nothing may be left to find, and so every source be read, before a training starts.
 """
 
 import argparse
