@@ -1,7 +1,7 @@
 """What of a run that has begun may change: what is refused, and what the user should know of the rest.
 
 Megatron counts in sequences how far a run is, and shuffles them anew where it needs another number of epochs of them.
-lr, min_lr, warmup_steps, steps and the optimizer's own settings may change (`cptain.training.resumed_optimizer`).
+The rates, their schedule, steps and the optimizer's own settings may change (`cptain.training.resumed_optimizer`).
 """
 
 import math
@@ -10,9 +10,10 @@ from typing import Any
 from cptain.data.blend import blend
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.split import training_tokens
-from cptain.data.steps import train_steps
+from cptain.data.steps import asked_steps
 from cptain.errors import bad_usage
 from cptain.run_file import RunFile
+from cptain.run_train import HOW_LONG
 from cptain.toml_file import shown
 from cptain.training.documents import File, same_blend
 
@@ -21,8 +22,8 @@ from cptain.training.documents import File, same_blend
 _SURPLUS = 0.005
 _LAST_EPOCH_APART = 0.8
 
-_ORDER_KEYS = ("input", "mix", "split")
-_ORDER_ARGS = ("--seed", "--dataloader-type")
+_ORDER_KEYS = ("input", "mix", "split")  # of [data]
+_ORDER_ARG = "--dataloader-type"
 _ANEW = "the order of the data begins anew: some sequences come again and others are left out"
 
 
@@ -50,13 +51,20 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
     lines = []
     after = run.model_dump(mode="json", exclude_none=True)
     for key in _ORDER_KEYS:
-        if (old := before["data"][key]) != (new := after["data"][key]):
+        if (old := _nameless(before["data"][key])) != (new := _nameless(after["data"][key])):
             lines.append(f"data.{key}: {shown(old)} → {shown(new)}: {_ANEW}")
-    for flag in _ORDER_ARGS:
-        old, new = (_argument(flag, document["train"].get("megatron_args", ())) for document in (before, after))
-        if old != new:
-            lines.append(f"{flag}: {old or 'default'} → {new or 'default'}: {_ANEW}")
+    if (old := before["train"].get("seed", run.train.seed)) != run.train.seed:
+        lines.append(f"train.seed: {old} → {run.train.seed}: {_ANEW}")
+    old, new = (_argument(_ORDER_ARG, document["train"].get("megatron_args", ())) for document in (before, after))
+    if old != new:
+        lines.append(f"{_ORDER_ARG}: {old or 'default'} → {new or 'default'}: {_ANEW}")
     return lines or _other_epochs(before, run)
+
+
+def _nameless(value: Any) -> Any:
+    """[[data.mix]] without the names of its tables, which change nothing."""
+    tables = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return [{key: one[key] for key in one if key != "name"} for one in value] if tables else value
 
 
 def _refuse_change(key: str, old: Any, new: Any, why: str) -> None:
@@ -81,9 +89,9 @@ def _argument(flag: str, words: Any) -> str | None:
 def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
     """The line for a change of steps that lets Megatron shuffle other epochs together; none where it does not."""
     records = read_manifest(run.data_folder, run.data.input)
-    length = {key: before["train"].get(key) for key in ("steps", "tokens", "epochs")}
-    earlier = run.model_copy(update={"train": run.train.model_copy(update={**length, "warmup_steps": 0})})
-    old, new = (train_steps(one, records) for one in (earlier, run))
+    length = {key: before["train"].get(key) for key in HOW_LONG}
+    earlier = run.model_copy(update={"train": run.train.model_copy(update=length)})
+    old, new = (asked_steps(one, records)[0] for one in (earlier, run))
     if old == new:
         return []
     parts = _parts(run, records)

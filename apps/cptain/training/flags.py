@@ -4,16 +4,23 @@ Only flags that the lab's fork (core 0.13.1), upstream releases and PyPI's megat
 model is in `cptain.model.arguments`.
 """
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cptain.errors import CptainError
 from cptain.megatron import weight_gradient
 from cptain.megatron.version import core_version
 from cptain.model import arguments
-from cptain.model.architecture import Architecture
+from cptain.model.architecture import Architecture, model_folder
 from cptain.run_file import RunFile
+from cptain.run_train import Train
+from cptain.toml_file import seconds
+from cptain.training.layout import Layout, Recompute, stage_layers
 from cptain.training.megatron_args import Row, check_megatron_args
-from cptain.training.memory import Recompute
+
+if TYPE_CHECKING:  # it imports torch, which `cptain plan` does without
+    from cptain.training.start import Beginning
 
 Flags = list[tuple[str, ...]]
 
@@ -31,6 +38,13 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
     """
     parallel, train = run.parallel, run.train
     data_parallel = processes // parallel.model_size
+    if parallel.pipeline > architecture.num_layers:
+        raise CptainError(
+            f"parallel.pipeline = {parallel.pipeline}: the model has {architecture.num_layers} layers, and a stage "
+            "needs one",
+            2,
+        )
+    micro_batch_size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     rules = (
         (
             "tensor × pipeline × context",
@@ -39,13 +53,12 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
             processes,
             "a GPU, or a CPU process, is one process",
         ),
-        ("parallel.pipeline", parallel.pipeline, "layers", architecture.num_layers, ""),
         ("parallel.tensor", parallel.tensor, "attention heads", architecture.num_attention_heads, ""),
         ("parallel.tensor", parallel.tensor, "key and value heads", architecture.num_query_groups, ""),
         ("parallel.tensor", parallel.tensor, "MLP channels", architecture.ffn_hidden_size, ""),
         (
             "micro_batch_size × data-parallel size",
-            train.micro_batch_size * max(1, data_parallel),
+            micro_batch_size * max(1, data_parallel),
             "sequences of train.global_batch_size",
             train.global_batch_size,
             f"micro_batch_size = {train.micro_batch_size}, {data_parallel} copies of the model",
@@ -95,7 +108,7 @@ def _gpu_rows(run: RunFile, script: Path) -> list[Row]:
     ]
     if run.parallel.tensor > 1:
         rows += [("", "--sequence-parallel")]
-    if run.train.precision != "fp32":  # it computes in bf16
+    if run.train.script is not None and run.train.precision != "fp32":  # cptain's own has its own loss; this is bf16
         rows += [("", "--cross-entropy-loss-fusion")]
     if core_version(script) >= (0, 17):
         # The optimizer's state in a form that any layout loads. Before 0.17 that is the default, and the only one; the
@@ -106,27 +119,65 @@ def _gpu_rows(run: RunFile, script: Path) -> list[Row]:
     return rows
 
 
-_PRECISION: dict[str, list[Row]] = {
-    "fp32": [],
-    "bf16": [("train.precision", "--bf16")],
-    "fp8": [
-        ("train.precision", "--bf16"),
-        ("train.precision", "--fp8-format", "hybrid"),
-        ("", "--fp8-recipe", "tensorwise"),
-    ],
-}
-_RECOMPUTE: dict[Recompute, list[Row]] = {
-    "none": [],
-    "selective": [("train.recompute", "--recompute-granularity", "selective")],
-    "full": [
+def _precision_rows(train: Train) -> list[Row]:
+    if train.precision == "fp32":
+        return []
+    rows: list[Row] = [("train.precision", "--bf16")]
+    if train.precision == "fp8":
+        recipe = train.fp8_recipe or "tensorwise"
+        rows += [("train.precision", "--fp8-format", "hybrid"), ("train.fp8_recipe", "--fp8-recipe", recipe)]
+        if recipe == "delayed":  # Megatron's default looks at the last step alone
+            rows += [("", "--fp8-amax-history-len", "1024"), ("", "--fp8-amax-compute-algo", "max")]
+    return rows
+
+
+def _recompute_rows(recompute: Recompute) -> list[Row]:
+    """Whole layers: all of them, each by itself, or the first of every stage. Attention alone: "selective"."""
+    if recompute == "none":
+        return []
+    if recompute == "selective":
+        return [("train.recompute", "--recompute-granularity", "selective")]
+    method, layers = ("uniform", 1) if recompute == "full" else ("block", recompute)
+    return [
         ("train.recompute", "--recompute-granularity", "full"),
-        ("train.recompute", "--recompute-method", "uniform"),
-        ("train.recompute", "--recompute-num-layers", "1"),
-    ],
-}
+        ("train.recompute", "--recompute-method", method),
+        ("train.recompute", "--recompute-num-layers", str(layers)),
+    ]
 
 
-def _run_rows(run: RunFile, tokenizer_folder: Path, data_args: Path, steps: int) -> list[Row]:
+def schedule_rows(train: Train, steps: int) -> list[Row]:
+    """The schedule of a run of `steps`.
+
+    Megatron's --lr-decay-iters is the step that the decay ends at, the warm-up included; its default form of a
+    wsd's decay is the exponential one.
+    """
+    warmup, decay = train.warmup(steps), train.decay(steps)
+    ends = steps if train.schedule in ("wsd", "constant") else warmup + decay
+    rows: list[Row] = [
+        ("train.schedule", "--lr-decay-style", "WSD" if train.schedule == "wsd" else train.schedule),
+        ("train.decay_steps", "--lr-decay-iters", str(ends)),
+        ("train.warmup_steps", "--lr-warmup-iters", str(warmup)),
+    ]
+    if train.schedule == "wsd":
+        rows += [
+            ("train.decay_steps", "--lr-wsd-decay-iters", str(decay)),
+            ("train.decay_style", "--lr-wsd-decay-style", train.decay_style or "linear"),
+        ]
+    return rows
+
+
+def _stage_rows(layers: int, stages: int) -> list[Row]:
+    """Stages that hold different numbers of layers; Megatron divides evenly by itself."""
+    held = stage_layers(layers, stages)
+    if len(set(held)) == 1:
+        return []
+    return [
+        ("", "--decoder-first-pipeline-num-layers", str(held[0])),
+        ("", "--decoder-last-pipeline-num-layers", str(held[-1])),
+    ]
+
+
+def _run_rows(run: RunFile, layout: Layout, data_args: Path, steps: int) -> list[Row]:
     """What the run file says, and the defaults that hold for every run."""
     parallel, train = run.parallel, run.train
     return [
@@ -134,21 +185,21 @@ def _run_rows(run: RunFile, tokenizer_folder: Path, data_args: Path, steps: int)
         ("parallel.pipeline", "--pipeline-model-parallel-size", str(parallel.pipeline)),
         ("parallel.context", "--context-parallel-size", str(parallel.context)),
         ("train.seq_length", "--seq-length", str(train.seq_length)),
-        ("train.micro_batch_size", "--micro-batch-size", str(train.micro_batch_size)),
+        ("train.micro_batch_size", "--micro-batch-size", str(layout.micro_batch_size)),
         ("train.global_batch_size", "--global-batch-size", str(train.global_batch_size)),
         ("train.steps", "--train-iters", str(steps)),
         ("train.lr", "--lr", repr(train.lr)),
         ("train.min_lr", "--min-lr", repr(train.min_lr)),
-        ("", "--lr-decay-style", "cosine"),
-        ("train.steps", "--lr-decay-iters", str(steps)),
-        ("train.warmup_steps", "--lr-warmup-iters", str(train.warmup_steps)),
-        ("", "--weight-decay", "0.1"),
-        ("", "--clip-grad", "1.0"),
+        *schedule_rows(train, steps),
         ("", "--optimizer", "adam"),
-        ("", "--adam-beta1", "0.9"),
-        ("", "--adam-beta2", "0.95"),
+        ("train.weight_decay", "--weight-decay", repr(train.weight_decay)),
+        ("train.adam_beta1", "--adam-beta1", repr(train.adam_beta1)),
+        ("train.adam_beta2", "--adam-beta2", repr(train.adam_beta2)),
+        ("train.adam_eps", "--adam-eps", repr(train.adam_eps)),
+        ("train.clip_grad", "--clip-grad", repr(train.clip_grad)),
+        ("train.seed", "--seed", str(train.seed)),
         ("model.tokenizer", "--tokenizer-type", "HuggingFaceTokenizer"),
-        ("model.tokenizer", "--tokenizer-model", str(tokenizer_folder)),
+        ("model.tokenizer", "--tokenizer-model", str(model_folder(run.tokenizer))),
         ("data.input and data.mix", "--data-args-path", str(data_args)),
         ("", "--data-cache-path", str(run.folder / "data-cache")),
         ("data.split", "--split", run.data.split),
@@ -158,19 +209,39 @@ def _run_rows(run: RunFile, tokenizer_folder: Path, data_args: Path, steps: int)
         ("train.save_interval", "--save-interval", str(train.save_interval)),
         ("", "--exit-signal-handler"),
         ("train.eval_interval", "--eval-interval", str(train.eval_interval)),
-        ("", "--eval-iters", "1"),
+        ("train.eval_steps", "--eval-iters", str(train.eval_steps)),
         ("", "--log-interval", "1"),
         ("", "--log-throughput"),
     ]
 
 
-def _load_rows(run: RunFile, resume: bool, same_layout: bool) -> list[Row]:
-    if not resume:
-        return [("model.megatron", "--load", str(run.megatron_folder)), ("", "--no-load-optim"), ("", "--no-load-rng")]
-    rows: list[Row] = [("work_dir and name", "--load", str(run.checkpoints_folder))]
+def _health_rows(run: RunFile) -> list[Row]:
+    """What leaves the judgement of steps to cptain's own script (`cptain.training.health`), in every Megatron alike.
+
+    Megatron's own looks for NaN make the CPU wait for the GPU in every micro batch and bucket; releases differ in what
+    follows: some save a checkpoint.
+    """
+    # Over the time of a step: a collective that runs into its own limit leaves no stacks.
+    minutes = max(10, math.ceil(seconds(run.train.step_timeout) / 60) + 2)
+    return [
+        ("train.max_loss_spike", "--no-check-for-nan-in-loss-and-grad"),
+        ("train.max_loss_spike", "--rerun-mode", "disabled"),
+        ("", "--distributed-timeout-minutes", str(minutes)),
+    ]
+
+
+def _load_rows(run: RunFile, begins: "Beginning") -> list[Row]:
+    root, branch = begins.source.parent, run.train.from_
+    weights_alone: list[Row] = [("", "--no-load-optim"), ("", "--no-load-rng")]
+    rows: list[Row] = [("model.megatron" if root == run.megatron_folder else "work_dir and name", "--load", str(root))]
+    if branch and root != run.checkpoints_folder:
+        rows += [("train.from", "--ckpt-step", str(branch.iteration))]
+        weights_alone += [("train.from", "--finetune")]  # from step 0
+    if begins.iteration is None:
+        return rows + weights_alone
     if run.train.script is not None:  # cptain's own leaves nothing of the checkpoint's schedule to be overridden
         rows += [("train.lr", "--override-opt_param-scheduler")]
-    if not same_layout:  # random states belong to a rank, and nothing here drops out; the fork would not start
+    if not begins.same_layout:  # random states belong to a rank, and nothing here drops out; the fork would not start
         rows += [("", "--no-load-rng")]
     return rows
 
@@ -179,38 +250,36 @@ def megatron_flags(
     run: RunFile,
     architecture: Architecture,
     *,
-    tokenizer_folder: Path,
     data_args: Path,
     script: Path,
     steps: int,
-    resume: bool,
-    same_layout: bool,
-    recompute: Recompute | None,
+    begins: "Beginning",
+    layout: Layout,
+    cpu: bool,
 ) -> Flags:
     """Everything that Megatron needs to know, as flags with their values; those of train.megatron_args follow.
 
     Args:
         run: the run.
         architecture: the model's.
-        tokenizer_folder: the tokenizer's local folder.
         data_args: the blend (`cptain.data.blend.write_blend`).
         script: the training script.
         steps: optimizer steps in all.
-        resume: whether <run>/checkpoints is continued, or the converted checkpoint begun with.
-        same_layout: whether what is continued was saved with the run's tensor and pipeline parallel sizes.
-        recompute: what is recomputed in the backward pass; None trains on the CPU.
+        begins: where the training begins.
+        layout: the run's, with every "auto" decided.
+        cpu: whether the CPU trains, which recomputes nothing.
 
     Raises:
         CptainError: what Megatron cannot represent; what train.megatron_args may not hold.
     """
     rows: list[Row] = [("config.json", *flag) for flag in arguments.flags(architecture, run.parallel.tensor)]
-    rows += _run_rows(run, tokenizer_folder, data_args, steps)
-    rows += _load_rows(run, resume, same_layout)
-    rows += _PRECISION[run.train.precision]
-    if recompute is None:
-        rows += _cpu_rows()
-    else:
-        rows += _gpu_rows(run, script)
-        rows += _RECOMPUTE[recompute]
+    rows += _run_rows(run, layout, data_args, steps)
+    rows += _stage_rows(architecture.num_layers, layout.pipeline)
+    rows += _health_rows(run) if run.train.script is None else []
+    rows += _load_rows(run, begins)
+    rows += _precision_rows(run.train)
+    if run.data.validation:  # every validation is a round of the sets, in order
+        rows += [("data.validation", "--dataloader-type", "single")]
+    rows += _cpu_rows() if cpu else [*_gpu_rows(run, script), *_recompute_rows(layout.recompute)]
     check_megatron_args(run, rows)
     return [row[1:] for row in rows]

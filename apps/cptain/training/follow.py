@@ -4,13 +4,14 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from cptain.megatron.log import Step, parse_step, parse_validation
+from cptain.megatron.log import Step, parse_step, parse_validation, parse_validation_sets
 from cptain.progress import Progress, human
+from cptain.training.health import SAID, STUCK
 from cptain.training.metrics import Metrics
 
 _LAST_LINES = 20
@@ -27,15 +28,32 @@ _SIGNAL_LINE = re.compile(r"Signal \d+ \((SIG\w+)\) received")
 
 
 class Follower:
-    """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr."""
+    """Reads the training's output line by line: all of it into the log file, the gist of it onto stderr.
 
-    def __init__(self, log: FileIO, progress: Progress, seq_length: int, metrics: Metrics | None = None) -> None:
-        self.log, self.progress, self.seq_length, self._metrics = log, progress, seq_length, metrics
+    Args:
+        log: the file.
+        progress: the bar.
+        seq_length: tokens of a sequence.
+        metrics: told every step and validation.
+        saved: told every iteration that is saved whole, on the node of rank 0.
+    """
+
+    def __init__(
+        self,
+        log: FileIO,
+        progress: Progress,
+        seq_length: int,
+        metrics: Metrics | None = None,
+        saved: Callable[[int], None] = lambda iteration: None,
+    ) -> None:
+        self.log, self.progress, self.seq_length, self._metrics, self._saved = log, progress, seq_length, metrics, saved
         self._keeps = True
         self.first: Step | None = None
         self.last: Step | None = None
         self.tail: deque[str] = deque(maxlen=400)
+        self.saved = 0  # the last step that was said to be saved, by the node of rank 0
         self._validated = 0
+        self.stuck = False  # a step took too long, and the ranks left their stacks
 
     def follow(self, output: Iterable[str]) -> None:
         """Read lines until there are no more."""
@@ -66,11 +84,20 @@ class Follower:
                 self._metrics.step(step)
         elif (validation := parse_validation(line)) and validation[0] != self._validated:
             self._validated = validation[0]  # Megatron evaluates once more after the last step
-            self.progress.say(f"train: step {validation[0]}: validation loss {validation[1]:.4f}")
+            sets = parse_validation_sets(line)
+            each = ", ".join(f"{name} {loss:.4f}" for name, loss in sets.items())
+            told = f"validation loss {validation[1]:.4f}" + (f" ({each})" if each else "")
+            self.progress.say(f"train: step {validation[0]}: {told}")
             if self._metrics:
-                self._metrics.validation(*validation)
+                self._metrics.validation(*validation, sets)
         elif match := _SAVED.search(line):
+            self.saved = int(match[1])
             self.progress.say(f"train: step {match[1]}: saved")
+            self._saved(self.saved)
+        elif line.startswith(SAID):
+            self.progress.say(f"train: {line.removeprefix(SAID).rstrip()}")
+        elif STUCK.match(line):
+            self.stuck = True
 
 
 def failure_reason(error_file: Path, tail: "deque[str]") -> str:

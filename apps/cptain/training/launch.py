@@ -14,22 +14,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
-from cptain.checkpoint.tracker import write_tracker
+from cptain.checkpoint.in_use import being_read
 from cptain.data.in_use import in_use
+from cptain.data.validation import data_folders
 from cptain.errors import RESUMABLE, CptainError, bad_usage
 from cptain.lock import lock
 from cptain.progress import Progress
 from cptain.run_file import RunFile
+from cptain.training import measured
+from cptain.training.attempt import Attempt
 from cptain.training.follow import Follower
-from cptain.training.metrics import Metrics
+from cptain.training.keep import keeping
+from cptain.training.metrics import Metrics, check_wandb_is_installed
 from cptain.training.nodes import read_nodes
-from cptain.training.outcome import Attempt, Ended, verdict
+from cptain.training.outcome import Ended, verdict
 from cptain.training.prepare import Command, deadline, prepare
 from cptain.training.record import TrainingRecord
-from cptain.training.start import check_weights
+from cptain.training.saved import SavedCheckpoints
+from cptain.training.start import begin_from, branched_from, check_files
 from cptain.training.stopping import Stop
 
 _GRACE = 10.0  # seconds for torchrun to end once its ranks have
@@ -115,12 +120,16 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
     Raises:
         CptainError: exit status 75 where training stopped early and can be resumed, 1 where it failed, with the reason.
     """
+    check_wandb_is_installed(run)
     nodes = read_nodes()
     first = nodes is None or nodes.rank == 0
     with ExitStack() as held:
         if first:
             held.enter_context(lock(run.folder / ".train.lock", f"train: {run.folder}", watch=True))
-            held.enter_context(in_use(run.data_folder, run.folder))
+            if run.train.from_:  # which the other run may remove meanwhile
+                held.enter_context(being_read(branched_from(run.train.from_)))
+            for folder in data_folders(run):
+                held.enter_context(in_use(folder, run.folder))
         command = prepare(run, cpu, nproc_per_node, accepted=accepted)
         if command.start > command.steps:
             bad_usage(f"train.steps = {command.steps}: {run.checkpoints_folder} is at step {command.start}, beyond it")
@@ -134,21 +143,21 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
         if (ends := deadline()) and ends <= time.time():
             raise CptainError("train: no time is left in this job; the next one continues", RESUMABLE)
         attempt = Attempt(run, command.start)
+        lines = check_files(command.source, nodes.rank if nodes else 0, command.node_count)
         if first:  # the others wait for it where they join
-            check_weights(run, command.start or None)
             attempt.begin()
-            if command.repair_tracker:
-                write_tracker(run.checkpoints_folder, command.start or None)
-            for line in command.lines:
+            begin_from(run, command.start or None, command.repair_tracker)
+            for line in (*command.lines, *lines):
                 print(f"train: {line}", file=sys.stderr)
         _follow_to_the_end(run, command, attempt)
 
 
 def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None:
     run.logs_folder.mkdir(parents=True, exist_ok=True)
+    first = command.nodes is None or command.nodes.rank == 0  # which sees what Megatron says of saving
     node = f"-node{command.nodes.rank}" if command.nodes else ""
     log_file = run.logs_folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
-    source = f"step {command.start} of {run.checkpoints_folder}" if command.start else f"{run.megatron_folder}"
+    source = f"step {command.start} of {command.source.parent}" if command.start else f"{command.source.parent}"
     where = ""
     if command.nodes:
         where = f"node {command.nodes.rank + 1} of {len(command.nodes.hosts)}, rendezvous {command.nodes.endpoint}; "
@@ -158,11 +167,12 @@ def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None
         tempfile.TemporaryDirectory(prefix="cptain-") as scratch,
         open(log_file, "wb", buffering=0) as log,
         Progress("train", command.steps, "step", done=command.start) as progress,
+        keeping(run, command.start, progress.say) if first else nullcontext(lambda saved: None) as keep,
         Stop().listening() as stop,
     ):
         error_file = Path(scratch) / "error.json"
-        metrics = Metrics(run, progress.say)
-        follower = Follower(log, progress, run.train.seq_length, metrics)
+        metrics, saved = Metrics(run, progress.say), SavedCheckpoints(run.checkpoints_folder, progress.say)
+        follower = Follower(log, progress, run.train.seq_length, metrics, saved.add)
         follower.keep(command.shown() + "\n")
         process = subprocess.Popen(
             command.argv,
@@ -176,16 +186,25 @@ def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None
         )
         assert process.stdout is not None
         threading.Thread(target=_end_what_is_left, args=(process, error_file), daemon=True).start()
+
+        def look() -> None:
+            record.look(follower)
+            keep(follower.saved)
+
         with ThreadPoolExecutor(1) as reader:
             read = reader.submit(follower.follow, process.stdout)
             try:
-                _attend(process, read, stop, progress, lambda: record.look(follower))
+                _attend(process, read, stop, progress, look)
             except BaseException:
                 _end_now(process)
                 raise
             read.result()
         metrics.close()
+        saved.close()
         status = process.wait()
+        if command.planned and follower.last:
+            with suppress(OSError):  # a disk that takes no more is said where it matters
+                measured.append(run, command.planned, log_file)
         how = Ended(status, stop.signal_name, stop.at_once, error_file, log_file)
         verdict(run, command, follower, how, attempt, record)
 

@@ -56,11 +56,16 @@ _SAID_BY = {
         --checkpoint-activations --recompute-activations --recompute-granularity --recompute-method
         --recompute-num-layers
     """,
+    "train.keep": "--save-retain-interval",
     "train.save_interval": "--persistent-save-interval",
     "train.seq_length": "--decoder-seq-length --encoder-seq-length",
-    "train.steps": "--lr-decay-samples --train-samples",
+    "train.decay_steps": "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples",
+    "train.decay_style": "--lr-wsd-decay-style",
+    "train.steps": "--train-samples",
+    "train.weight_decay": "--end-weight-decay --start-weight-decay --weight-decay*",
     "train.warmup_steps": "--lr-warmup-fraction --lr-warmup-samples --warmup",
     "wandb": "--wandb-entity --wandb-exp-name --wandb-project",
+    "work_dir and name": "--save",
 }
 
 # Would break what cptain does around Megatron, whatever the script.
@@ -85,7 +90,7 @@ _IGNORED = {
         --sft-tokenizer-prompt-format --short-seq-prob
     """,
     "it reads one validation set, of eval_iters batches": "--full-validation --multiple-validation-sets",
-    "it looks for NaN and infinity in the loss, and no more": "--check-for-spiky-loss",
+    "train.max_loss_spike judges every step": "--check-for-spiky-loss --error-injection-*",
     "it builds its data sets itself": """
         --dataloader-defer-npy-index-mmap --dataloader-fast-cache-load --mid-level-dataset-surplus --no-data-sharding
         --no-mmap-bin-files --num-dataset-builder-threads --object-storage-cache-path

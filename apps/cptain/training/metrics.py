@@ -1,10 +1,11 @@
-"""What a training measures, a line a step in <run>/logs/metrics.jsonl, and the same numbers on Weights & Biases.
+"""What a training measures, a line a step in <run>/logs/metrics.jsonl; the same for TensorBoard and Weights & Biases.
 
 All of it comes from Megatron's log, on the node that sees it: three Megatrons log to W&B in three ways, none of which
 survives a resume, and a reporter of metrics must never end a training. The axis is the tokens that the run has seen,
 which no restart sets back. A chain of jobs is one run in the browser: its id is kept in the run's folder.
 """
 
+import importlib.util
 import json
 import os
 import socket
@@ -15,12 +16,13 @@ from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from cptain import atomic
-from cptain.errors import one_line
+from cptain.errors import bad_usage, one_line
 from cptain.megatron.log import Step
 from cptain.run_file import RunFile
+from cptain.training.event_file import EventFile
 
 _REACHABLE_IN = 3.0  # seconds; wandb itself would try for 90
 
@@ -43,7 +45,9 @@ class Metrics:
     def __init__(self, run: RunFile, say: Say) -> None:
         self._run, self._say = run, say
         self._file: Any = None
-        self._wandb: Any = None
+        self._others = [_Other("TensorBoard", self._begin_event_file, say)]
+        if run.wandb is not None:
+            self._others.append(_Other("Weights & Biases", lambda _: _Wandb(run, say), say))
         self._tokens = 0
 
     def step(self, step: Step) -> None:
@@ -61,9 +65,9 @@ class Metrics:
             },
         )
 
-    def validation(self, number: int, loss: float) -> None:
-        """The loss of the validation set after a step."""
-        self._take(number, {"validation_loss": loss})
+    def validation(self, number: int, loss: float, sets: dict[str, float]) -> None:
+        """The loss after a step: of all that is validated on, and of each set that has a name."""
+        self._take(number, {"validation_loss": loss, **{f"validation_loss/{name}": sets[name] for name in sets}})
 
     def _take(self, number: int, values: dict[str, float | None]) -> None:
         known = {name: value for name, value in values.items() if value is not None}
@@ -74,75 +78,133 @@ class Metrics:
             self._file.write((json.dumps({**line, "time": round(time.time(), 1)}) + "\n").encode())
         except OSError as error:
             self._say(f"train: {metrics_file(self._run)}: cannot be written: {error.strerror}")
-        if self._run.wandb is None:
-            return
-        try:
-            if self._wandb is None:
-                self._wandb = _begin_wandb(self._run, self._say)
-            self._wandb.log(line, step=number)
-        except Exception as error:  # whatever it is, it is no reason to stop training
-            self._wandb = _Nothing()
-            self._say(f"train: Weights & Biases: {one_line(error)}: training goes on without it")
+        for other in self._others:
+            other.log(line, number)
 
     def _opened(self) -> Any:
-        file = metrics_file(self._run)
-        ends_amid_a_line = file.exists() and not file.read_bytes().endswith(b"\n")
-        opened = open(file, "ab", buffering=0)  # noqa: SIM115 closed by `close`; unbuffered, for whoever reads along
-        if ends_amid_a_line:  # of a process that was killed
-            opened.write(b"\n")
+        opened = open(metrics_file(self._run), "ab+", buffering=0)  # noqa: SIM115 `close` does; each line is there at once
+        if end := opened.seek(0, os.SEEK_END):
+            opened.seek(end - 1)
+            if opened.read(1) != b"\n":  # the half line of a process that was killed
+                opened.write(b"\n")
         return opened
+
+    def _begin_event_file(self, tokens: int) -> Any:
+        try:
+            return EventFile(self._run.logs_folder, tokens)
+        except ModuleNotFoundError:
+            return _Nothing()  # nobody has asked for it
 
     def close(self) -> None:
         """Send the rest, and close."""
         if self._file is not None:
             self._file.close()
-        try:
-            if self._wandb is not None:
-                import wandb
+        for other in self._others:
+            other.finish()
 
-                self._wandb.finish()
-                wandb.teardown()  # only then its own process has written everything
+
+class _Other:
+    """Where the numbers go besides. Whatever goes wrong there is said once, and is no reason to stop training.
+
+    Args:
+        name: for people.
+        begin: begins it, with the first numbers and the tokens that they stand at.
+        say: prints a line for people.
+    """
+
+    def __init__(self, name: str, begin: Callable[[int], Any], say: Say) -> None:
+        self._name, self._begin, self._say = name, begin, say
+        self._to: Any = None
+
+    def log(self, line: dict[str, Any], number: int) -> None:
+        """The numbers of one step."""
+        try:
+            if self._to is None:
+                self._to = self._begin(line["tokens"])
+            self._to.log(line, step=number)
         except Exception as error:
-            self._say(f"train: Weights & Biases: {one_line(error)}")
+            self._to = _Nothing()
+            self._say(f"train: {self._name}: {one_line(error)}: training goes on without it")
+
+    def finish(self) -> None:
+        """Send the rest, and close."""
+        try:
+            if self._to is not None:
+                self._to.finish()
+        except Exception as error:
+            self._say(f"train: {self._name}: {one_line(error)}")
 
 
 class _Nothing:
-    """In the place of a W&B run that failed."""
+    """In the place of one that failed, or is not there."""
 
     def log(self, line: dict[str, Any], step: int) -> None: ...
 
     def finish(self) -> None: ...
 
 
-def read_metrics(file: Path) -> dict[int, dict[str, Any]]:
-    """The metrics of a run by step, validation among them.
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The metrics as they came, those of steps that were done again too; none where nothing was trained.
 
-    Of a step that was trained twice the later one counts; a line that a killed process left half-written is left out.
+    A line that a killed process left half-written is left out.
     """
-    found: dict[int, dict[str, Any]] = {}
     try:
-        lines = file.read_bytes().splitlines()
+        return parse_lines(file.read_bytes())
     except FileNotFoundError:
-        return found
-    for line in lines:
-        try:
+        return []
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """The lines that are whole."""
+    found = []
+    for line in content.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
-            found.setdefault(int(values["step"]), {}).update(values)
-        except (ValueError, KeyError, TypeError):
-            continue
+            found.append({**values, "step": int(values["step"])})
     return found
+
+
+def read_metrics(file: Path) -> dict[int, dict[str, Any]]:
+    """The metrics of a run by step, validation among them; of a step that was done again the later one counts."""
+    found: dict[int, dict[str, Any]] = {}
+    for values in read_lines(file):
+        found.setdefault(values["step"], {}).update(values)
+    return found
+
+
+def check_wandb_is_installed(run: RunFile) -> None:
+    """Refuse a run that asks for Weights & Biases where it cannot be imported.
+
+    Raises:
+        CptainError: exit status 2; it cannot.
+    """
+    if run.wandb and os.environ.get("WANDB_MODE") != "disabled" and importlib.util.find_spec("wandb") is None:
+        bad_usage(
+            "[wandb] is asked for, and wandb cannot be imported here: pip install wandb (make image puts it into an "
+            "image), or WANDB_MODE=disabled"
+        )
+
+
+def _wandb_url() -> SplitResult:
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
+def has_wandb_key() -> bool:
+    """Whether there is a key of Weights & Biases, in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, NetrcParseError):
+        return netrc(os.environ.get("NETRC")).authenticators(_wandb_url().hostname or "") is not None
+    return False
 
 
 def _why_offline() -> str:
     """Why W&B cannot be reached from here; empty where it can."""
     if os.environ.get("WANDB_MODE"):
         return ""  # the user's own word
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlsplit(base).hostname or ""
-    with suppress(OSError, NetrcParseError):
-        if os.environ.get("WANDB_API_KEY") or netrc(os.environ.get("NETRC")).authenticators(host):
-            return _why_unreachable(host, urlsplit(base).port or 443)
-    return "no key (WANDB_API_KEY)"
+    if not has_wandb_key():
+        return "no key (WANDB_API_KEY)"
+    return _why_unreachable(_wandb_url().hostname or "", _wandb_url().port or 443)
 
 
 def _why_unreachable(host: str, port: int) -> str:
@@ -153,6 +215,22 @@ def _why_unreachable(host: str, port: int) -> str:
             return ""
     except OSError as error:
         return f"{host} cannot be reached from here ({error.strerror or one_line(error)})"
+
+
+class _Wandb:
+    """The run on W&B."""
+
+    def __init__(self, run: RunFile, say: Say) -> None:
+        self._run = _begin_wandb(run, say)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        self._run.log(line, step=step)
+
+    def finish(self) -> None:
+        import wandb
+
+        self._run.finish()
+        wandb.teardown()  # only then its own process has written everything
 
 
 def _begin_wandb(run: RunFile, say: Say) -> Any:

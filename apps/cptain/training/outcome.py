@@ -4,29 +4,30 @@ Megatron exits with status 0 after many failures (a missing checkpoint among the
 was asked for; so the verdict is what the checkpoints' tracker says, and only then the exit status.
 """
 
-import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptain import atomic
+from cptain.checkpoint.tracker import iteration_folder
 from cptain.errors import RESUMABLE, CptainError
 from cptain.progress import human
 from cptain.run_file import RunFile
+from cptain.training.attempt import Attempt
 from cptain.training.follow import Follower, failure_reason, is_a_signal, last_lines, only_lost_peers
+from cptain.training.health import DivergedError
 from cptain.training.prepare import Command, deadline
 from cptain.training.record import TrainingRecord
 
-_TRIES = 2  # of a chain's jobs at one place
 _LAST_WORD = 10.0  # seconds that a node which only lost its peers leaves them to say why, before it ends the job
 # What Megatron says when a checkpoint cannot be written: never which file.
 _DISK = re.compile("Worker failure|No space left|quota exceeded|PytorchStreamWriter|File too large", re.IGNORECASE)
-_NO_WORD = "was killed, and said nothing"
+_DIVERGED = f"{DivergedError.__name__}: "
 
 
 @dataclass(frozen=True)
@@ -48,61 +49,6 @@ class Ended:
     log_file: Path
 
 
-class Attempt:
-    """<run>/logs/train-failed.json: how many trainings in a row began at a step and saved nothing new.
-
-    Written when a training begins and removed when something is saved, so that one that is killed counts too.
-    """
-
-    def __init__(self, run: RunFile, start: int) -> None:
-        self._file, self._start = run.logs_folder / "train-failed.json", start
-
-    def _read(self) -> tuple[int, str, bool]:
-        """How many attempts there were, the last reason that one gave, and whether that is the last attempt's."""
-        try:
-            attempt = json.loads(self._file.read_text(encoding="utf-8"))
-            if attempt["start"] == self._start:
-                return int(attempt["times"]), str(attempt["reason"]), bool(attempt["said"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or one that cannot be read: it forbids nothing
-        return 0, "", False
-
-    def _write(self, times: int, reason: str, said: bool) -> None:
-        atomic.write_json(self._file, {"start": self._start, "times": times, "reason": reason, "said": said})
-
-    def begin(self) -> None:
-        """Count a training that begins.
-
-        Raises:
-            CptainError: in a chain of jobs, after the second attempt at the same place: the first may have failed for
-                a node's sake, a third would fail like the second.
-        """
-        times, reason, said = self._read()
-        if times >= _TRIES and int(os.environ.get("CPTAIN_LINK") or 1) > 1:
-            last = reason if said else f"the last {_NO_WORD}" + (f"; before that: {reason}" if reason else "")
-            raise CptainError(
-                f"train: failed {times} times at step {self._start} with nothing new saved, and is not tried again in "
-                f"this chain: {last} (submit.sh train export begins another)"
-            )
-        self._write(times + 1, reason, said=False)
-
-    def failed(self, reason: str, only_if_unsaid: bool) -> None:
-        """Note why; where `only_if_unsaid`, only if no other node has."""
-        times, _, said = self._read()
-        if not (only_if_unsaid and said):
-            self._write(max(1, times), reason, said=True)
-
-    @property
-    def failure(self) -> str:
-        """Why another node of this attempt failed, as far as it has said; empty: none did."""
-        _, reason, said = self._read()
-        return reason if said and not reason.startswith("stopped") else ""
-
-    def saved(self) -> None:
-        """Something new was saved: nothing is to be remembered."""
-        self._file.unlink(missing_ok=True)
-
-
 def verdict(
     run: RunFile, command: Command, follower: Follower, how: Ended, attempt: Attempt, record: TrainingRecord
 ) -> None:
@@ -120,6 +66,10 @@ def verdict(
         record.end(follower, "done")
         return
     reason = failure_reason(how.error_file, follower.tail)
+    if how.status < 0:  # torchrun itself, which says of its ranks why they ended
+        reason = signal.Signals(-how.status).name
+    if follower.stuck:
+        reason = f"a step did not end in {run.train.step_timeout} (train.step_timeout); the log has the ranks' stacks"
     if _was_stopped(how, reason, saved > command.start):
         late = (ends := deadline()) and time.time() >= ends
         stopped = f"stopped by {how.signal_name}" if how.signal_name else "stopped at the job's deadline"
@@ -144,6 +94,15 @@ def _was_stopped(how: Ended, reason: str, new: bool) -> bool:
     return how.status == 0 or how.at_once or is_a_signal(reason) or only_lost_peers(reason)
 
 
+def _lost(reason: str, run: RunFile, saved: int) -> str:
+    """What is left of a training whose loss is lost, and what to do."""
+    good = f"the last good checkpoint is {iteration_folder(run.checkpoints_folder, saved)}"
+    return (
+        f"{reason}; {good if saved else 'nothing was saved before it'}; lower train.lr, or look at the data that comes "
+        "next: the same command goes on from there"
+    )
+
+
 def _fail(
     run: RunFile,
     command: Command,
@@ -153,7 +112,9 @@ def _fail(
     record: TrainingRecord,
     reason: str,
 ) -> None:
-    if _DISK.search(reason):
+    if diverged := reason.startswith(_DIVERGED):
+        reason = _lost(reason.removeprefix(_DIVERGED), run, record.saved)
+    elif _DISK.search(reason):
         free = shutil.disk_usage(run.folder).free
         reason = f"{run.checkpoints_folder}: cannot be written ({human(free)}B free there): {reason}"
     if how.signal_name:
@@ -164,6 +125,11 @@ def _fail(
         time.sleep(_LAST_WORD)
     if "CPTAIN_LINK" in os.environ:  # set by the job script: what is printed is the job's own log
         print(f"train: the last lines of {how.log_file}:", *last_lines(follower.tail), sep="\n  ", file=sys.stderr)
-    attempt.failed(reason, only_if_unsaid=lost_peers)
+    if diverged:
+        attempt.diverged(reason, record.saved)
+    else:
+        attempt.failed(reason, only_if_unsaid=lost_peers)
     record.end(follower, f"failed: {reason}")
+    if "CPTAIN_LINK" in os.environ:
+        print(f"train: {Attempt(run, record.saved).outlook()}", file=sys.stderr)
     raise CptainError(f"train: {reason} (log: {how.log_file})")

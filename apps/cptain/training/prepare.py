@@ -15,15 +15,18 @@ from cptain.data.check import check_data
 from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
 from cptain.data.trained_on import other_data, trained_on
+from cptain.data.validation import check_validation, write_validation
+from cptain.data.vocabulary import run_architecture
 from cptain.errors import CptainError, bad_usage
 from cptain.history import read_history, stretches
-from cptain.model.architecture import model_folder, read_architecture
 from cptain.run_file import RunFile, changed_keys
+from cptain.toml_file import seconds
 from cptain.training.changes import check_changes
+from cptain.training.fit import settle
 from cptain.training.flags import check_parallel, megatron_flags
-from cptain.training.memory import choose_recompute
+from cptain.training.measured import Planned
 from cptain.training.nodes import Nodes, check_as_asked, check_slots, own_address, read_nodes
-from cptain.training.start import beginning
+from cptain.training.start import Beginning, beginning
 
 _DRY_RUN_GPU_BYTES = 80 << 30  # where there is no GPU to ask
 
@@ -38,6 +41,7 @@ class Command:
         flags: Megatron's, with their values.
         steps: optimizer steps in all.
         start: steps done before.
+        source: the checkpoint that is loaded.
         nodes: the job's, where there are several.
         interface: the network interface towards the other nodes.
         processes: of all nodes together.
@@ -45,6 +49,7 @@ class Command:
         accepted: what --accept let pass.
         lines: what the user should know before it starts.
         repair_tracker: the checkpoints' tracker does not name the iteration that training resumes from.
+        planned: what its memory and speed are predicted from; None on the CPU.
     """
 
     torchrun: list[str]
@@ -52,6 +57,7 @@ class Command:
     flags: list[tuple[str, ...]]
     steps: int
     start: int
+    source: Path = Path()
     nodes: Nodes | None = None
     interface: str = ""
     processes: int = 1
@@ -59,6 +65,7 @@ class Command:
     accepted: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     repair_tracker: bool = False
+    planned: Planned | None = None
 
     @property
     def node_count(self) -> int:
@@ -95,7 +102,7 @@ def _gpus() -> tuple[int, int]:
 
 
 def _since_then(
-    run: RunFile, start: int, data: dict[str, Any], accepted: tuple[str, ...]
+    run: RunFile, begins: Beginning, data: dict[str, Any], accepted: tuple[str, ...]
 ) -> tuple[list[str], list[str]]:
     """Compare a run that goes on with what trained the step that it goes on from.
 
@@ -105,7 +112,8 @@ def _since_then(
     Raises:
         CptainError: what cannot be changed was, or other data is not accepted.
     """
-    done = stretches(read_history(run.folder), start)
+    start, trained_by = begins.steps_done, begins.source.parent.parent  # the run, or the one that it branches off
+    done = stretches(read_history(trained_by), start) if start else []
     if not done:
         return [], []
     before = done[-1][0]
@@ -113,7 +121,7 @@ def _since_then(
     if other := other_data(before.data, data):
         if "data" not in accepted:
             raise CptainError(
-                f"train: step {start} of {run.checkpoints_folder} was trained on other data: {other}: "
+                f"train: step {start} of {begins.source.parent} was trained on other data: {other}: "
                 "give the run another name, or train with --accept data"
             )
         passed.append(f"data: {other}")
@@ -154,6 +162,19 @@ def _script(run: RunFile) -> Path:
     return script
 
 
+def _own_flags(run: RunFile, cpu: bool, validation_sets: Path | None) -> list[tuple[str, ...]]:
+    """Those of cptain's training script; of them, another one gets --cpu alone."""
+    flags: list[tuple[str, ...]] = [("--cpu",)] if cpu else []
+    if run.train.script is None:
+        flags += [("--max-loss-spike", repr(run.train.max_loss_spike))]
+        flags += [("--step-timeout", str(seconds(run.train.step_timeout)))]
+        flags += [("--megatron-args", str(len(run.train.megatron_args)))]
+        flags += [("--z-loss", repr(run.train.z_loss))] if run.train.z_loss else []
+    if validation_sets:
+        flags += [("--validation-sets", str(validation_sets))]
+    return flags
+
+
 def _torchrun(nodes: Nodes | None, processes: int) -> tuple[list[str], str]:
     """torchrun's own arguments on this node, and the network interface towards the others."""
     address, interface = own_address(nodes) if nodes else ("", "")
@@ -181,8 +202,7 @@ def prepare(
     Raises:
         CptainError: anything missing, damaged or impossible, before a process is started.
     """
-    architecture = read_architecture(model_folder(run.model.hf))
-    nodes = read_nodes()
+    architecture, nodes = run_architecture(run), read_nodes()
     processes, gpu_bytes = _processes(run, nodes, cpu, nproc_per_node, dry_run)
     in_all = processes * (len(nodes.hosts) if nodes else 1)
     check_parallel(run, architecture, in_all)
@@ -190,37 +210,38 @@ def prepare(
     begins = beginning(run, architecture)
     steps = train_steps(run, records)
     exposure = first_lines(run, records, steps)
+    sets = check_validation(run, records)
     data = trained_on(run, records)
-    changes, passed = _since_then(run, begins.steps_done, data, accepted)
-    recompute, why = None, list[str]()
-    if gpu_bytes:
-        recompute, why = choose_recompute(run, architecture, gpu_bytes, in_all // run.parallel.model_size)
+    changes, passed = _since_then(run, begins, data, accepted)
+    layout, why = settle(run, architecture, in_all, gpu_bytes)
     flags = megatron_flags(
         run,
         architecture,
-        tokenizer_folder=model_folder(run.tokenizer),
         data_args=write_blend(run, records),
         script=_script(run),
         steps=steps,
-        resume=begins.iteration is not None,
-        same_layout=begins.same_layout,
-        recompute=recompute,
+        begins=begins,
+        layout=layout,
+        cpu=gpu_bytes is None,
     )
-    flags = [*([("--cpu",)] if cpu else []), *flags, *_until_deadline(), *((one,) for one in run.train.megatron_args)]
+    own = _own_flags(run, cpu, write_validation(run, sets))
+    last = [*_until_deadline(), *((one,) for one in run.train.megatron_args)]
     torchrun, interface = _torchrun(nodes, processes)
     return Command(
         torchrun=torchrun,
         script=_script(run),
-        flags=flags,
+        flags=[*own, *flags, *last],
         steps=steps,
         start=begins.steps_done,
+        source=begins.source,
         nodes=nodes,
         interface=interface,
         processes=in_all,
         data=data,
         accepted=passed,
-        lines=[*exposure, *begins.lines, *why, *changes],
+        lines=[*exposure, *map(str, sets), *begins.lines, *why, *changes],
         repair_tracker=begins.repair_tracker,
+        planned=Planned(architecture, layout, _script(run)) if gpu_bytes else None,
     )
 
 

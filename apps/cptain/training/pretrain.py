@@ -5,12 +5,17 @@ Megatron's `pretrain` came with two interfaces: a model provider alone until 0.1
 since 0.17; `_train` knows both. What every rank needs of a batch is broadcast as one tensor, so that none of Megatron's
 own batch functions, which change from release to release, is needed.
 
-    torchrun … pretrain.py [--cpu] MEGATRON ARGUMENTS
+    torchrun … pretrain.py [--cpu] --max-loss-spike NATS --step-timeout SECONDS [--validation-sets FILE] [--z-loss Z]
+        --megatron-args N MEGATRON ARGUMENTS
+
+The last N words are the run file's train.megatron_args, which have yet to be looked at by the Megatron at hand.
 
 Exit status: 0 where training stopped as Megatron means it to (finished, a deadline, a signal), 1 where it gave up, with
 the reason as the last line. How far it came is in the checkpoint's tracker.
 """
 
+import argparse
+import functools
 import inspect
 import itertools
 import os
@@ -24,20 +29,22 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from cptain.megatron import weight_gradient
+from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.unread_arguments import unread
-from cptain.training import resumed_optimizer
+from cptain.training import resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
+from cptain.training.health import Health
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
 
 Batch = dict[str, torch.Tensor]
+_validation_sets: list[validation.Named] = []  # of --validation-sets, the same on every rank
 
 
-def _model_provider(pre_process: bool = True, post_process: bool = True, **more: Any) -> Any:
-    """Megatron's GPTModel for this pipeline stage, from Megatron's arguments."""
+def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_loss: float, **more: Any) -> Any:
+    """Megatron's GPTModel for this pipeline stage, from Megatron's arguments, with cptain's loss."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -53,7 +60,7 @@ def _model_provider(pre_process: bool = True, post_process: bool = True, **more:
         spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     config = more.pop("config", None) or core_transformer_config_from_args(args)
     accepted = inspect.signature(GPTModel.__init__).parameters
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=args.padded_vocab_size,
@@ -70,12 +77,15 @@ def _model_provider(pre_process: bool = True, post_process: bool = True, **more:
         rope_scaling_factor=args.rope_scaling_factor,
         **{name: value for name, value in more.items() if name in accepted},
     )
+    model.compute_language_model_loss = functools.partial(cross_entropy.language_model_loss, z_loss=z_loss)
+    return model
 
 
 def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size].
 
-    Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or 1.
+    Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or, of what
+    counts, 1 or the number of a validation set.
     """
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -102,22 +112,20 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
         chunks = packed.chunk(2 * size, dim=2)
         packed = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2)
     tokens, position_ids, labels, loss_mask = packed.unbind()
-    return tokens, position_ids, labels, loss_mask.float()
+    return tokens, position_ids, labels, loss_mask
 
 
-def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum of the losses that count, how many they are, and both for the log."""
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import get_args
-
-    loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1))
-    if get_args().check_for_nan_in_loss_and_grad:
-        for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss, rejection_func=reject, message=f"the loss is {name}", tolerance=0.0, fatal=True
-            )
-    tokens = loss_mask.sum().to(torch.int)
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+def _loss(
+    loss_mask: torch.Tensor, validates: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the losses that count, how many they are, and both for the log, of each validation set too."""
+    numbers, losses = loss_mask.view(-1), losses.view(-1).float()
+    mask = (numbers > 0).float()
+    loss = torch.sum(losses * mask)
+    tokens = mask.sum().to(torch.int)
+    names = [one.name for one in _validation_sets] if validates else []
+    by_set = validation.loss_by_set(losses.detach(), numbers, names)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
 
 
 def _is_outermost_stage() -> bool:
@@ -139,7 +147,16 @@ def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
     """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
     tokens, position_ids, labels, loss_mask = _batch(iterator) if _is_outermost_stage() else (None, None, None, None)
     output = model(tokens, position_ids, None, labels=labels)  # no mask: causal attention makes its own
-    return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), losses)
+    return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
+
+
+def _blend(weighted: list[tuple[float, File]], bounds: tuple[float, float]) -> list[tuple[float, Documents]]:
+    """What of the files lies between two fractions of each, by weight; files without a part in it are left out."""
+    blend = []
+    for weight, files in same_blend(weighted):
+        if parts := [(file, file.part(bounds)) for file in files if file.part(bounds)]:
+            blend.append((weight, Documents(parts)))
+    return blend
 
 
 def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
@@ -151,9 +168,9 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.training import get_args
+    from megatron.training.global_vars import get_tokenizer
 
     args = get_args()
-    tokenizer = _tokenizer(args)
     words = shlex.split(Path(args.data_args_path).read_text(encoding="utf-8"))
     weighted = [(float(weight), File(prefix)) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
     built: dict[str, Documents] = {}
@@ -165,57 +182,50 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
 
+    def sequences(parts: list[Documents], weights: list[float] | None, place: int, counts: Any) -> Any:
+        """So many sequences of a blend, as the `place`-th of Megatron's three data sets."""
+        built.update({documents.path_prefix: documents for documents in parts})
+        config = GPTDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=([documents.path_prefix for documents in parts], weights),
+            split=",".join("1" if split == place else "0" for split in range(3)),
+            path_to_cache=args.data_cache_path,
+            tokenizer=get_tokenizer(),
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=False,
+            eod_mask_loss=args.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        return BlendedMegatronDatasetBuilder(Sequences, counts, _reads_data, config).build()[place]
+
     datasets: list[Any] = []
     ends = list(itertools.accumulate((float(part) for part in args.split.split(",")), initial=0.0))
     for place in range(3):
-        bounds = (ends[place] / ends[3], ends[place + 1] / ends[3])
-        blend: tuple[list[str], list[float]] = ([], [])
-        for weight, files in same_blend(weighted):
-            if parts := [(file, file.part(bounds)) for file in files if file.part(bounds)]:
-                documents = Documents(parts)
-                built[documents.path_prefix] = documents
-                blend[0].append(documents.path_prefix)
-                blend[1].append(weight)
-        if not blend[0]:
+        if place == 1 and _validation_sets:
+            datasets.append(
+                validation.build(_validation_sets, args, lambda one, count: sequences([one], None, 1, [count] * 3))
+            )
+            continue
+        blend = _blend(weighted, (ends[place] / ends[3], ends[place + 1] / ends[3]))
+        if not blend:
             if place == 0:
                 raise ValueError(f"no file is long enough to have a training part by --split {args.split}")
             if place == 1:
                 args.eval_iters = 0  # Megatron would ask the missing data set for a batch
             datasets.append(None)
             continue
-        config = GPTDatasetConfig(
-            random_seed=args.seed,
-            sequence_length=args.seq_length,
-            blend=blend,
-            split=",".join("1" if split == place else "0" for split in range(3)),
-            path_to_cache=args.data_cache_path,
-            tokenizer=tokenizer,
-            reset_position_ids=args.reset_position_ids,
-            reset_attention_mask=False,
-            eod_mask_loss=args.eod_mask_loss,
-            create_attention_mask=False,
-        )
-        datasets.append(BlendedMegatronDatasetBuilder(Sequences, samples, _reads_data, config).build()[place])
+        weights, parts = zip(*blend, strict=True)
+        datasets.append(sequences(list(parts), list(weights), place, samples))
     return datasets
-
-
-def _tokenizer(args: Any) -> Any:
-    """Megatron's tokenizer, of which GPTDataset asks the end of document."""
-    try:
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    except ImportError:  # up to 0.14 it is built at start
-        from megatron.training import get_tokenizer
-
-        return get_tokenizer()
-    return build_tokenizer(args)
 
 
 _datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; _reads_data decides
 
 
-def _refuse_unread() -> None:
+def _refuse_unread(words: list[str]) -> None:
     """Arguments that would change nothing; one process of a node looks for all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (flags := unread(sys.argv[1:], Path(__file__))):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (flags := unread(words, Path(__file__))):
         raise ValueError(f"{', '.join(flags)}: this Megatron takes it and reads it nowhere")
 
 
@@ -240,26 +250,37 @@ def _set_clock() -> None:
         training._TRAIN_START_TIME = float(deadline) - 60 * minutes
 
 
-def _train() -> None:
-    """Train until Megatron stops."""
+def _train(health: Health, words: list[str], z_loss: float) -> None:
+    """Train until Megatron stops; `words` are the run file's train.megatron_args."""
     if not CPU:
         weight_gradient.install()
     import_megatron(CPU)
-    _refuse_unread()
+    _refuse_unread(words)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    no_tokenizer.install()
     resumed_optimizer.install()
+    health.install()
     _log_every_step_by_itself()
     _set_clock()
+    model_provider = functools.partial(_model_provider, z_loss=z_loss)
     if "cfg_container" in inspect.signature(pretrain).parameters:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args
 
         container = pretrain_cfg_container_from_args(parse_and_validate_args())
-        pretrain(container, _datasets, ModelType.encoder_or_decoder, _forward_step, model_provider=_model_provider)
+        pretrain(container, _datasets, ModelType.encoder_or_decoder, _forward_step, model_provider=model_provider)
     else:
-        pretrain(_datasets, _model_provider, ModelType.encoder_or_decoder, _forward_step)
+        pretrain(_datasets, model_provider, ModelType.encoder_or_decoder, _forward_step)
+
+
+def _say_peak() -> None:
+    """The most memory that this rank had allocated, as Megatron writes it: after the first step, which some releases
+    alone log, Adam's moments are not there yet."""
+    peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+    rank = os.environ.get("RANK", "0")
+    print(f"[Rank {rank}] (at the end) memory (MB) | max allocated: {peak:.2f} | max reserved: {reserved:.2f}")
 
 
 def _stopped_as_asked() -> bool:
@@ -273,16 +294,29 @@ def _stopped_as_asked() -> bool:
 @record  # type: ignore[untyped-decorator]
 def main() -> None:
     """Train; where Megatron calls sys.exit, look at whether it had a right to."""
-    if CPU:
-        sys.argv.remove("--cpu")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--max-loss-spike", type=float, required=True)
+    parser.add_argument("--step-timeout", type=float, required=True)
+    parser.add_argument("--megatron-args", type=int, required=True)
+    parser.add_argument("--validation-sets", type=Path)
+    parser.add_argument("--z-loss", type=float, default=0.0)
+    own, sys.argv[1:] = parser.parse_known_args()
+    words = sys.argv[len(sys.argv) - own.megatron_args :]
+    health = Health(own.max_loss_spike, own.step_timeout, own.cpu)
+    if own.validation_sets:
+        _validation_sets.extend(validation.read_sets(own.validation_sets))
     try:
         if CPU:
             from cptain.megatron.cpu import CudaToCpu
 
             with CudaToCpu():
-                _train()
+                _train(health, words, own.z_loss)
         else:
-            _train()
+            try:
+                _train(health, words, own.z_loss)
+            finally:
+                _say_peak()
     except SystemExit as stop:
         if stop.code in (None, 0) and not _stopped_as_asked():
             raise RuntimeError("Megatron gave up before the first step; its log says why") from stop
