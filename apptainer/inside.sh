@@ -12,4 +12,6 @@ for folder in /*; do
     *) [ ! -r "$folder" ] || binds+=(--bind "$folder") ;;
   esac
 done
+CPTAIN_IMAGE=$(realpath "$image")
+export CPTAIN_IMAGE  # Apptainer's own variable names a temporary folder where it unpacks the image first
 exec "$APPTAINER" --silent exec "${binds[@]}" "$image" "${@:2}"

@@ -26,7 +26,7 @@ for folder in /*; do
   esac
 done
 run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
-settings=()
+settings=("CPTAIN_IMAGE=$IMAGE" )
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 env "${settings[@]}" "${with[@]}" "${run[@]}" --app preprocess "$IMAGE" "$RUN" --shard "$PBS_ARRAY_INDEX/4"

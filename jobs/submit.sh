@@ -27,11 +27,11 @@ fi
 if [ -z "$dry_run" ]; then
   [ -e /gs/bs/tga-okazaki/ma/cptain.sif ] || fail '/gs/bs/tga-okazaki/ma/cptain.sif: no such image (make image builds it)'
   qstat > /dev/null || fail "the scheduler does not answer"
-  while read -r name id; do
+  while read -r name id _; do
     ! is_alive "$id" || fail "$name ($id) has not ended: qdel $id, or wait"
   done < <(cat "$submitted" 2> /dev/null)
   rm -f "$submitted"
-  trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: $(xargs -a "$submitted" 2> /dev/null)" >&2' EXIT
+  trap '[ $? = 0 ] || echo "submit.sh: not all was submitted; what was: $(cut -d " " -f 1,2 "$submitted" 2> /dev/null | xargs)" >&2' EXIT
 fi
 declare -A ids=() kept=()
 last=''
@@ -57,7 +57,8 @@ submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once 
   keep "$(dirname "$script")"
   id=$(cd "$folder" && "${command[@]}")
   ids[$name]=$id
-  echo "$name ${ids[$name]}" | tee -a "$submitted"
+  echo "$name ${ids[$name]}"
+  echo "$name ${ids[$name]} $(dirname "$script")" >> "$submitted"
 }
 
 finish() {  # SUFFIX CHAIN FOLDER SCRIPTS [NAME...]: a run's train jobs, one after the other, and its export

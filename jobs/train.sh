@@ -27,10 +27,14 @@ for folder in /*; do
   esac
 done
 run=("$apptainer" run ${binds:+--bind "${binds#,}"})  # an option, which SingularityCE takes too; it reads no APPTAINER_BIND
-settings=(OMP_NUM_THREADS=1 )
+settings=("CPTAIN_IMAGE=$IMAGE" OMP_NUM_THREADS=1 )
 # shellcheck disable=SC2016
 with=(bash -c '[ ! -O "$0" ] || . "$0"; exec "$@"' "$environment")
 settings+=("CPTAIN_LINK=${LINK:-1}" CPTAIN_NODES=4 CPTAIN_GPUS=8 "CPTAIN_DEADLINE=$deadline")
+# shellcheck disable=SC2016
+with+=(bash -c 'for file in "$0" "$1" "$2"; do
+  [ -e "$file" ] || { echo "train.sh on $(uname -n): $file: the first node of the job has it, and this one does not" >&2; exit 1; }
+done; exec "${@:3}"' "$apptainer" "$IMAGE" "$RUN")
 node=("${with[@]}" "${run[@]}" --nv --app train "$IMAGE" "$RUN")
 hosts=$PWD/hosts-$PBS_JOBID  # a copy that every node can read
 trap 'rm -f "$hosts" "$hosts.mpi" ${LAST:+"$environment"}' EXIT

@@ -1,4 +1,5 @@
-"""The demo: text and a model made on the spot, then preprocess → convert → train (stopped, resumed) → export → verify.
+"""The demo: text and a model made on the spot, then preprocess → convert → train (stopped, resumed) → export → verify →
+report.
 
 `make demo` runs it in the project's venv. Everything lands under demo/; the run is runs/tiny.toml. The text is what
 every Python carries (the topics of its own help) and this project's Japanese documents; the model is a 4-layer Llama
@@ -188,6 +189,7 @@ def main() -> None:
     must("export", file)
     (exported,) = run.hf_folder.iterdir()
     must("verify", str(exported), str(run.checkpoints_folder), "--logits")
+    must("report", file)
     records, steps = read_manifest(run.data_folder, run.data.input), read_steps(train_logs(run.logs_folder))
     seconds = sorted(step.seconds for step in steps)[len(steps) // 2]
     verified = json.loads((exported / "verify.json").read_text(encoding="utf-8"))
@@ -200,6 +202,7 @@ def main() -> None:
         ("logits, HF against Megatron", f"differ by at most {verified['logits']['max_abs_difference']:.1e} (fp32)"),
         ("exported model", str(exported.relative_to(PROJECT))),
         ("logs", str(run.logs_folder.relative_to(PROJECT))),
+        ("report", str((run.folder / "report.html").relative_to(PROJECT))),
         ("everything", f"{run.folder.relative_to(PROJECT)}, {time.monotonic() - began:.0f} s"),
     )
     print()

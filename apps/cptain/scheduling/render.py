@@ -17,13 +17,13 @@ import jinja2
 import tomli_w
 
 from cptain import __version__, atomic
-from cptain.data.manifest import read_manifest
-from cptain.data.steps import train_steps
-from cptain.errors import CptainError, bad_usage
-from cptain.image import commit
+from cptain.data.steps import known_steps
+from cptain.errors import bad_usage
+from cptain.image import commit, image_here, was_unpacked
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, changed_keys
-from cptain.scheduling.before_queue import check_before_queue
+from cptain.scheduling.before_queue import check_before_queue, check_disks
+from cptain.scheduling.on_site import estimated_step
 from cptain.scheduling.sites import JOBS_FOLDER, Site, load_site
 from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
@@ -112,26 +112,20 @@ def _earlier_seconds_per_step(run: RunFile) -> float | None:
     return times[len(times) // 2] if times else None
 
 
-def _steps(run: RunFile) -> int | None:
-    """Optimizer steps in all; None where they depend on data that is not there yet."""
-    if run.train.epochs is None:
-        return train_steps(run, [])
-    try:
-        return train_steps(run, read_manifest(run.data_folder, run.data.input))
-    except CptainError:
-        return None
-
-
-def chain_length(run: RunFile) -> int:
+def chain_length(run: RunFile, estimate: float | None = None) -> int:
     """How many train jobs the run needs: as jobs.chain says, or from the steps, the time of each and the walltime.
 
     One more than the steps need, for what goes wrong; a job that finds nothing left to do ends at once.
+
+    Args:
+        run: the run.
+        estimate: seconds of a step, where neither the run file nor earlier logs say.
     """
     if run.jobs.chain != "auto":
         return run.jobs.chain
     if run.jobs.walltime is None:
         return 1
-    a_step, steps = run.jobs.seconds_per_step or _earlier_seconds_per_step(run), _steps(run)
+    a_step, steps = run.jobs.seconds_per_step or _earlier_seconds_per_step(run) or estimate, known_steps(run)
     if a_step is None or steps is None:
         return _CHAIN_UNKNOWN
     a_job = seconds(run.jobs.walltime) - seconds(run.jobs.margin)
@@ -155,6 +149,8 @@ def _check(run: RunFile, site: Site, name: str) -> None:
             bad_usage(f"{key} = {str(value)!r}: a control character cannot stand in a job script")
     paths = {"work_dir": run.work_dir, "model.hf": run.model.hf, "model.tokenizer": run.model.tokenizer}
     paths |= {"model.megatron": run.model.megatron, "data.output": run.data.output, "train.script": run.train.script}
+    if run.model.vocabulary:
+        paths |= {f"model.vocabulary.{key}": getattr(run.model.vocabulary, key) for key in ("add", "tokenizer")}
     paths |= {"jobs.image": jobs.image, **{f"data.input[{n}]": glob for n, glob in enumerate(run.data.input)}}
     for key, path in paths.items():
         if re.search(r"\$[\w{]", str(path)):  # the jobs' copy of the run file is read once more
@@ -163,15 +159,17 @@ def _check(run: RunFile, site: Site, name: str) -> None:
 
 def _image(run: RunFile) -> str:
     """The image's path on the host."""
-    image = run.jobs.image or os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    image = run.jobs.image or image_here()
     if not image:
-        bad_usage('jobs.image: is missing: allowed: the path of the image, such as "/shared/cptain.sif"')
+        why = " (the one in use here was unpacked into a folder that is removed)" if was_unpacked() else ""
+        bad_usage(f'jobs.image: is missing{why}: allowed: the path of the image, such as "/shared/cptain.sif"')
     return str(image)
 
 
 def _warnings(runs: list[RunFile], site: Site, name: str) -> list[str]:
     """What no job says before it is too late; what one would refuse is refused."""
     lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(_image(one)))))
+    check_disks(runs)
     if site.offline:
         where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
         lines.append(f"site {name} has no way out: {where}")
@@ -221,6 +219,7 @@ def _scripts(
             nodes=jobs.nodes,
             gpus=site.gpus,
             cores_per_gpu=site.cores_per_gpu,
+            group_readable_logs=site.group_readable_logs,
             options=options.get(stage, ""),
         )
     return scripts
@@ -254,6 +253,14 @@ def _write_script(file: Path, text: str) -> None:
     with atomic.atomic_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
         partial.chmod(0o755)
+
+
+def _make_logs(logs: Path, group_readable: bool) -> None:
+    """Make a run's folder of logs, which the group may read where it is asked for, through the run's own."""
+    logs.mkdir(parents=True, exist_ok=True)
+    if group_readable:
+        logs.parent.chmod(logs.parent.stat().st_mode | 0o010)
+        logs.chmod(logs.stat().st_mode | 0o050)
 
 
 def _frozen(run: RunFile) -> dict[str, Any]:
@@ -315,7 +322,9 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         frozen = folder / "run.toml"
         if frozen.resolve() == file.resolve():
             bad_usage(f"{file}: the jobs' copy of the run file would take its place: name another folder with --out")
-        rendered = _Rendered(one, folder, None if out else one.logs_folder, chain_length(one))
+        rendered = _Rendered(
+            one, folder, None if out else one.logs_folder, chain_length(one, estimated_step(one, site))
+        )
         texts.append((rendered, frozen, _scripts(one, site, str(frozen), rendered_by, templates)))
     submit_folder = out or run.folder / "jobs"
     written = []
@@ -324,7 +333,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         for script, text in scripts.items():
             _write_script(rendered.folder / script, text)
         if rendered.logs:
-            rendered.logs.mkdir(parents=True, exist_ok=True)
+            _make_logs(rendered.logs, site.group_readable_logs)
         written.append((rendered.run.name, rendered.folder, rendered.chain, changes))
     submit = templates.get_template("submit.sh.j2").render(
         name=run.name,

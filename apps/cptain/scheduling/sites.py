@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from cptain.errors import bad_usage
 from cptain.run_file import Jobs
@@ -79,6 +79,7 @@ class Site(Section):
     scheduler: whose directives and commands the scripts use.
     launcher: how a train job starts one container a node; needed for more than one node.
     gpus: of a node; 0 trains on the CPU.
+    gpu_memory: of each, GiB, as the driver reports it; what cannot fit is refused.
     cores_per_gpu: scheduler slots that come with a GPU, where the scheduler gives GPUs in that way.
     train, cpu: directives of the train job ({nodes}: how many), and of the others; submit.sh joins their "-v A=1" with
         its own variables, because qsub -v takes the place of a script's.
@@ -93,12 +94,14 @@ class Site(Section):
     cache: a folder for downloads that all runs share; default: the run's own.
     environment: more variables; values may hold $VARIABLES of the job.
     user_environment: variables of the shell that submits which the jobs get, as submit.sh finds them; * is any ending.
+    group_readable_logs: the group may read the logs, whatever the user's umask.
     offline: the nodes of the jobs reach nothing outside: the hub and Weights & Biases are offline unless the user says.
     """
 
     scheduler: Literal["pbs", "gridengine", "slurm", "local"]
     launcher: Literal["pbs_tmrsh", "qrsh", "srun", "mpirun"] | None = None
     gpus: Annotated[int, Field(ge=0)]
+    gpu_memory: PositiveFloat | None = None
     cores_per_gpu: PositiveInt | None = None
     train: Directives = Field(default_factory=list)
     cpu: Directives = Field(default_factory=list)
@@ -114,6 +117,7 @@ class Site(Section):
     cache: Line | None = None
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Line] = Field(default_factory=dict)
     user_environment: list[VariableName] = Field(default_factory=lambda: list(_OF_THE_USER))
+    group_readable_logs: bool = False
     offline: bool = False
 
     @model_validator(mode="after")

@@ -8,13 +8,16 @@ one after the other. Of a job that PBS has forgotten, submit.sh says {"purged": 
 
 import json
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cptain import atomic
 from cptain.errors import RESUMABLE, CptainError
 
 _PBS_WALLTIME = -29  # JOB_EXEC_KILL_WALLTIME of pbs_error.h
@@ -177,29 +180,65 @@ def read_states(text: str) -> list[State]:
         raise CptainError(f"status: what the scheduler says of the jobs cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """A job that submit.sh submitted.
+
+    Attributes:
+        name: such as "train.1".
+        job: the scheduler's id.
+        scripts: the folder of its script.
+    """
+
+    name: str
+    job: str
+    scripts: Path
+
+
+def read_submitted(file: Path) -> list[Submitted]:
+    """The jobs that submit.sh submitted, in their order.
+
+    Raises:
+        CptainError: none was.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CptainError(f"{file}: nothing was submitted: {error.strerror}") from error
+    parts = [line.split(" ", 2) for line in lines]
+    return [Submitted(part[0], part[1], Path(part[2]) if part[2:] else file.parent) for part in parts]
+
+
+def told_file(submitted: Path) -> Path:
+    """Where the last words of the scheduler are kept, for `cptain status DIR`: a word a job, and when."""
+    return submitted.with_name("states.json")
+
+
 def table(submitted: Path, text: str) -> list[str]:
-    """One line a submitted job: its name, its id, and how it is.
+    """One line a submitted job: its name, its id, and how it is; kept in `told_file` too.
 
     Args:
-        submitted: what submit.sh wrote, a name and an id a line.
+        submitted: what submit.sh wrote.
         text: the scheduler's output.
 
     Raises:
         CptainError: nothing was submitted, or the output cannot be read.
     """
-    try:
-        jobs = [line.split() for line in submitted.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise CptainError(f"{submitted}: nothing was submitted: {error.strerror}") from error
+    jobs = read_submitted(submitted)
     states = read_states(text)
     rows = []
-    for name, job in jobs:
+    for name, job in ((one.name, one.job) for one in jobs):
         found = [state for state in states if state.job == job]
         words = Counter(state.word for state in found)
         word = ", ".join(f"{count} {word}" for word, count in words.items()) if len(found) > 1 else "".join(words)
         detail = next((state.detail for state in found if state.detail), "")
         rows.append((name, job, word or "unknown", detail))
-    widths = [max(len(row[column]) for row in rows) if rows else 0 for column in range(3)]
-    return [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    ]
+    with suppress(OSError, CptainError):  # another user's
+        atomic.write_json(told_file(submitted), {"time": time.time(), "words": {row[1]: row[2] for row in rows}})
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -61,8 +61,8 @@ def _label(dotted: str, value: Any, number: int) -> str:
 
 def _share(run: RunFile, runs: list[RunFile], file: Path) -> list[RunFile]:
     """Give runs that are made of the same text, or the same model, one folder for it."""
-    data = [json.dumps([one.data.input, options(one), one.tokenizer]) for one in runs]
-    models = [one.model.hf for one in runs]
+    data = [json.dumps([one.data.input, options(one), one.base_tokenizer, *_new_tokens(one)]) for one in runs]
+    models = [json.dumps([one.model.hf, *_extension(one)]) for one in runs]
     shared = []
     for one, text, model in zip(runs, data, models, strict=True):
         changes: dict[str, Any] = {}
@@ -85,6 +85,18 @@ def _share(run: RunFile, runs: list[RunFile], file: Path) -> list[RunFile]:
         if len(set(zip(places, made_of, strict=True))) > len(set(places)):
             bad_usage(f"{file}: {key} is one folder, and the sweep would put different things into it: leave {key} out")
     return shared
+
+
+def _new_tokens(run: RunFile) -> list[str]:
+    """What the tokenizer is extended with; nothing where it is not."""
+    vocabulary = run.model.vocabulary
+    return [str(vocabulary.add), str(vocabulary.tokenizer)] if vocabulary else []
+
+
+def _extension(run: RunFile) -> list[str]:
+    """What the model is extended with, and how; nothing where it is not."""
+    vocabulary = run.model.vocabulary
+    return [run.base_tokenizer, *_new_tokens(run), vocabulary.initialise] if vocabulary else []
 
 
 def refuse_sweep(run: RunFile, file: Path, typed: list[str]) -> None:
