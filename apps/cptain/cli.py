@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from cptain import __version__
+from cptain.cli_about_runs import doctor, plan_command, report, status
 from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
-from cptain.option_types import Bytes, Iteration, Shard
+from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -82,6 +83,7 @@ Set by the job scripts:
   CPTAIN_NODES             how many nodes the job asked for
   CPTAIN_GPUS              GPUs of a node, as the site says
   CPTAIN_CORES_PER_GPU     scheduler slots that come with a GPU
+  CPTAIN_IMAGE             the image, where Apptainer unpacks it and names a temporary folder
 """
 
 
@@ -103,35 +105,8 @@ def main(debug: bool) -> None:
     """
 
 
-_set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the run file, such as train.lr=2.5e-5. Repeatable.",
-)
-
-
-def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """RUN and --set, which every stage takes."""
-    return click.argument("run", type=click.Path(path_type=Path))(_set_option(command))
-
-
 def _force_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option("--force", is_flag=True, help=f"{what} again what is done.")
-
-
-def _load(file: Path, overrides: tuple[str, ...]) -> Any:
-    """Load the run file of a stage."""
-    from cptain.image import keep_caches_out_of_home, warn_of_another_commit
-    from cptain.run_file import load_run
-    from cptain.scheduling.sweep import refuse_sweep
-
-    warn_of_another_commit()
-    run = load_run(file, overrides)
-    keep_caches_out_of_home(run.folder)
-    refuse_sweep(run, file, click.get_current_context().find_root().obj)
-    return run
 
 
 def _record(stage: str, run: Any) -> None:
@@ -156,7 +131,7 @@ def _threads(workers: int | None) -> int:
 
 
 @main.command()
-@_run_options
+@run_options
 @click.option("--workers", type=click.IntRange(min=1), help="Cores to use.  [default: those there are]")
 @click.option(
     "--shard",
@@ -185,21 +160,21 @@ def preprocess(
 ) -> None:
     """Tokenize the text into Megatron's indexed datasets."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy begins a thread a core for it, and here is none to do
-    from cptain.data.preprocess import preprocess as tokenize
+    from cptain.data.validation import preprocess_all as tokenize
 
-    loaded = _load(run, overrides)
+    loaded = load(run, overrides)
     cores = workers or len(os.sched_getaffinity(0))
     if tokenize(loaded, cores, force, shard or (1, 1), backend, verify_inputs, count_only):
         _record("preprocess", loaded)
 
 
 @main.command()
-@_run_options
+@run_options
 @_workers_option
 @_force_option("Convert")
 def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
     """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
-    loaded = _load(run, overrides)
+    loaded = load(run, overrides)
     from cptain.checkpoint.convert import convert as convert_model
 
     if convert_model(loaded, _threads(workers), force):
@@ -207,7 +182,7 @@ def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: b
 
 
 @main.command()
-@_run_options
+@run_options
 @click.option("--dry-run", is_flag=True, help="Print the Megatron command, one flag a line, and stop.")
 @click.option("--cpu", is_flag=True, help="Train on the CPU, over gloo: real, and slow.")
 @click.option(
@@ -232,7 +207,7 @@ def train(
     accept: tuple[str, ...],
 ) -> None:
     """Train with Megatron-LM on this machine: from the converted checkpoint at first, then from the last one saved."""
-    loaded = _load(run, overrides)
+    loaded = load(run, overrides)
     if dry_run:
         from cptain.training.prepare import prepare
 
@@ -247,7 +222,7 @@ def train(
 
 
 @main.command()
-@_run_options
+@run_options
 @click.option(
     "--iteration",
     type=Iteration(),
@@ -280,7 +255,7 @@ def export(
     force: bool,
 ) -> None:
     """Export a checkpoint that training saved to a Hugging Face model, on the CPU."""
-    loaded = _load(run, overrides)
+    loaded = load(run, overrides)
     import torch
 
     from cptain.checkpoint.export import export as export_model
@@ -313,11 +288,12 @@ def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) ->
     compare(a, b, logits, _threads(workers), sample)
 
 
+main.add_command(plan_command)
+
+
 @main.command()
-@_run_options
-@click.option(
-    "--site", metavar="NAME|FILE", help="A site under jobs/sites, or a file of your own.  [default: jobs.site]"
-)
+@run_options
+@site_option
 @click.option("--out", type=click.Path(path_type=Path), help="Where the scripts go.  [default: the run's jobs folder]")
 def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | None) -> None:
     """Render the run's job scripts, and submit.sh, which submits them; print its path.
@@ -339,33 +315,5 @@ def jobs(run: Path, overrides: tuple[str, ...], site: str | None, out: Path | No
     click.echo(rendering.submit)
 
 
-@main.command()
-@click.option(
-    "--jobs",
-    "submitted",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    required=True,
-    help="What submit.sh wrote of the jobs that it submitted: a name and an id a line.",
-)
-def status(submitted: Path) -> None:
-    """Show how the submitted jobs are, a line each.
-
-    The scheduler's own output comes on stdin: bash submit.sh --state asks the scheduler on the host, and calls this.
-    """
-    from cptain.scheduling.state import table
-
-    click.echo("\n".join(table(submitted, sys.stdin.read())))
-
-
-@main.command()
-@click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
-def doctor(site: str) -> None:
-    """Check a site file, and print what the site is.
-
-    Exit status 2 where a key of it is wrong, with a line for each.
-    """
-    from cptain.scheduling.sites import load_site
-
-    checked, file = load_site(site)
-    click.echo(f"{file}: {checked}")
+for command in (status, report, doctor):
+    main.add_command(command)

@@ -1,0 +1,98 @@
+"""The commands that tell about runs and change none: what one needs, how its jobs are, what it did, where it would run.
+
+Apart from cli.py, which has the stages; the same options, loading and errors.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from cptain.errors import Interrupted
+from cptain.option_types import load, run_options, site_option
+
+
+@click.command("plan")
+@run_options
+@site_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan_command(run: Path, overrides: tuple[str, ...], site: str | None, as_json: bool) -> None:
+    """Show what a run needs: memory a GPU, what fits, the fastest layout, time, epochs and disk. No GPU is needed."""
+    from cptain.plan import lines, plan
+    from cptain.scheduling.sites import load_site
+
+    loaded = load(run, overrides)
+    name = site or loaded.jobs.site
+    document = plan(loaded, load_site(name)[0] if name else None)
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines(document)))
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=".", metavar="[RUN|DIR]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--watch", is_flag=True, help="Look again every 10 seconds, until Ctrl-C.")
+@click.option(
+    "--jobs",
+    "submitted",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead: the jobs in this file of submit.sh's, a line each. The scheduler's own output comes on stdin: "
+    "bash submit.sh --state asks the scheduler on the host, and calls this.",
+)
+def status(path: Path, as_json: bool, watch: bool, submitted: Path | None) -> None:
+    """Show how runs are: a line each of those under a work_dir, or more of one, and where the time of its chain went.
+
+    RUN is a run file or a run's folder, DIR a work_dir. Both read only what the stages left there. How a job is, is
+    what submit.sh --state last heard of the scheduler.
+    """
+    if submitted:
+        from cptain.scheduling.state import table
+
+        click.echo("\n".join(table(submitted, sys.stdin.read())))
+        return
+    from cptain.scheduling.overview import shown
+
+    try:
+        click.echo(shown(path, as_json))
+        while watch:
+            time.sleep(10)
+            text = shown(path, as_json)
+            click.clear()
+            click.echo(text)
+    except Interrupted:
+        if not watch:
+            raise
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where it goes.  [default: report.html in the run's folder; of several, here]",
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write what runs did into one HTML file that opens anywhere; print its path.
+
+    RUN is a run file, with all runs of its [sweep], or a run's folder. Of several the curves lie over one another, and
+    their last values are in a table.
+    """
+    from cptain.report.page import write_report
+
+    click.echo(write_report(list(runs), out))
+
+
+@click.command()
+@click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
+def doctor(site: str) -> None:
+    """Check a site file, and print what the site is.
+
+    Exit status 2 where a key of it is wrong, with a line for each.
+    """
+    from cptain.scheduling.sites import load_site
+
+    checked, file = load_site(site)
+    click.echo(f"{file}: {checked}")

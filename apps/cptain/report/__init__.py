@@ -1,0 +1,1 @@
+"""report: one HTML file of one run or several, from what they left on disk."""
