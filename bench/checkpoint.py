@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+CPTAIN = [sys.executable, "-m", "cptain"]
 HIDDEN, FFN, KEYS, VOCABULARY = 4096, 14336, 1024, 128256
 LAYER = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -249,6 +250,76 @@ def peer(described: str, source: Path, folder: Path) -> list[tuple[str, list[str
     ]
 
 
+class Figures:
+    """What was measured of each command, by its row's name."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.walls: dict[str, list[float]] = {}
+        self.ratios: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
+        self.same: dict[str, bool] = {}
+
+    def add(self, name: str, measured: tuple[float, int], against: float | None = None) -> float:
+        """Note wall seconds and peak memory; the ratio is to `against` seconds. Gives the seconds."""
+        wall, peak = measured
+        self.walls.setdefault(name, []).append(wall)
+        self.ratios.setdefault(name, []).append(wall / (against or wall))
+        self.peaks[name] = max(self.peaks.get(name, 0), peak)
+        return wall
+
+    def add_cptain(self, words: list[str], against: float, name: str = "") -> None:
+        """Measure a command of cptain's, which fails where its values are not the model's."""
+        name = f"cptain {name or words[0]}"
+        self.add(name, run([*CPTAIN, *words], self._log), against)
+        if words[0] != "verify":
+            self.same[name] = True
+
+    def add_peer(self, name: str, command: list[str], written: Path, source: Path, against: float) -> None:
+        """Measure a peer's command, and ask `cptain verify` of what it wrote."""
+        self.add(name, run(command, self._log), against)
+        os.sync()
+        verify = subprocess.run([*CPTAIN, "verify", str(source), str(written)], capture_output=True, text=True)
+        if verify.returncode:  # a peer's files beside the weights may differ
+            print(f"{name}: {verify.stderr}", file=sys.stderr)
+        self.same[name] = self.same.get(name, True) and (not verify.returncode or "tensors are equal" in verify.stderr)
+
+    def table(self, size: int, torch_alone: int) -> None:
+        """Print medians in Markdown, of a model of `size` bytes; `import torch` alone takes `torch_alone`."""
+        print("| | wall s | GB/s | times cp | peak MB | above import torch | same values |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, seconds in self.walls.items():
+            wall, above = statistics.median(seconds), ""
+            if name.startswith("cptain"):
+                above = f"{(self.peaks[name] - torch_alone) / 1e6:.0f}"
+            figures = [f"{wall:.1f}", f"{size / wall / 1e9:.2f}", f"{statistics.median(self.ratios[name]):.2f}"]
+            figures += [f"{self.peaks[name] / 1e6:.0f}", above, {True: "yes", False: "NO"}.get(self.same.get(name), "")]
+            print(f"| {name} | {' | '.join(figures)} |")
+
+
+def repeat(folder: Path, workers: list[str], peers: list[list[tuple[str, list[str], Path]]], figures: Figures) -> None:
+    """Measure every command once."""
+    source, work, log, run_file = folder / "model", folder / "work", folder / "log", str(folder / "run.toml")
+    root = work / "bench"
+    converted, checkpoints, exported = root / "megatron" / "release", root / "checkpoints", root / "hf" / "release"
+    shutil.rmtree(work, ignore_errors=True)
+    plain = figures.add("cp -r of the model, fsync", copy(source, folder / "copy", log))
+    shutil.rmtree(folder / "copy")
+    figures.add_cptain(["convert", run_file, *workers], plain)
+    for there, _ in peers:
+        figures.add_peer(*there, source, plain)
+    plain = figures.add("cp -r of the checkpoint, fsync", copy(converted, folder / "copy", log))
+    shutil.rmtree(folder / "copy")
+    checkpoints.mkdir()
+    converted.rename(checkpoints / "release")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("release")
+    figures.add_cptain(["export", run_file, *workers], plain)
+    for _, back in peers:
+        figures.add_peer(*back, source, plain)
+    figures.add_cptain(["verify", str(source), str(exported), *workers], plain)
+    figures.add_cptain(["verify", str(exported), str(checkpoints), *workers], plain, "verify, both formats")
+
+
 def main() -> None:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,65 +342,17 @@ def main() -> None:
         f'name = "bench"\nwork_dir = "{work}"\n[model]\nhf = "{source}"\n[data]\ninput = ["x"]\n'
         "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
     )
-    cptain, root = [sys.executable, "-m", "cptain"], work / "bench"
-    converted, workers = root / "megatron" / "release", ["--workers", str(arguments.workers)]
-    exported = root / "hf" / "iter_0000001"
     peers = [peer(one, source, work / "peers") for one in arguments.peer]
     torch_alone = run([sys.executable, "-c", "import torch"], log)[1]
-    walls: dict[str, list[float]] = {}
-    ratios: dict[str, list[float]] = {}
-    peaks: dict[str, int] = {}
-    same: dict[str, bool] = {}
+    figures = Figures(log)
     for _ in range(arguments.repeat):
-        shutil.rmtree(work, ignore_errors=True)
-
-        def measure(name: str, measured: tuple[float, int], against: float | None) -> float:
-            wall, peak = measured
-            walls.setdefault(name, []).append(wall)
-            ratios.setdefault(name, []).append(wall / (against or wall))
-            peaks[name] = max(peaks.get(name, 0), peak)
-            return wall
-
-        def measure_peers(step: int, against: float) -> None:
-            for name, command, written in (ways[step] for ways in peers):
-                measure(name, run(command, log), against)
-                os.sync()
-                verify = subprocess.run([*cptain, "verify", str(source), str(written)], capture_output=True, text=True)
-                if verify.returncode:  # a peer's files beside the weights may differ
-                    print(f"{name}: {verify.stderr}", file=sys.stderr)
-                same[name] = same.get(name, True) and (not verify.returncode or "tensors are equal" in verify.stderr)
-
-        plain = measure("cp -r of the model, fsync", copy(source, folder / "copy", log), None)
-        shutil.rmtree(folder / "copy")
-        command = [*cptain, "convert", str(folder / "run.toml"), *workers]
-        measure("cptain convert", run(command, log), plain)
-        measure_peers(0, plain)
-        plain = measure("cp -r of the checkpoint, fsync", copy(converted, folder / "copy", log), None)
-        shutil.rmtree(folder / "copy")
-        (root / "checkpoints").mkdir()
-        converted.rename(root / "checkpoints" / "iter_0000001")
-        (root / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
-        command = [*cptain, "export", str(folder / "run.toml"), *workers]
-        measure("cptain export", run(command, log), plain)
-        measure_peers(1, plain)
-        measure("cptain verify", run([*cptain, "verify", str(source), str(exported), *workers], log), plain)
-        command = [*cptain, "verify", str(exported), str(root / "checkpoints"), *workers]
-        measure("cptain verify, both formats", run(command, log), plain)
-        same.update({"cptain convert": True, "cptain export": True})  # or verify would have failed
+        repeat(folder, ["--workers", str(arguments.workers)], peers, figures)
     shutil.rmtree(work, ignore_errors=True)
     print(
         f"{size / 1e9:.1f} GB; {platform.machine()}, {arguments.workers} workers, Python {platform.python_version()},"
     )
     print(f"torch {version('torch')}, whose import takes {torch_alone / 1e6:.0f} MB; median of {arguments.repeat}\n")
-    print("| | wall s | GB/s | times cp | peak MB | above import torch | same values |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, seconds in walls.items():
-        wall, above = statistics.median(seconds), ""
-        if name.startswith("cptain"):
-            above = f"{(peaks[name] - torch_alone) / 1e6:.0f}"
-        figures = [f"{wall:.1f}", f"{size / wall / 1e9:.2f}", f"{statistics.median(ratios[name]):.2f}"]
-        figures += [f"{peaks[name] / 1e6:.0f}", above, {True: "yes", False: "NO", None: ""}[same.get(name)]]
-        print(f"| {name} | {' | '.join(figures)} |")
+    figures.table(size, torch_alone)
 
 
 if __name__ == "__main__":

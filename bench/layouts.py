@@ -3,10 +3,11 @@
     make bench BENCH='layouts --peer fork=TREE --peer main=TREE'
 
 With each Megatron, from one converted checkpoint: `reference` trains on two data-parallel GPUs; `again` is the same
-again; `walk` is tensor-, pipeline-, context- and again data-parallel, as long each; `terminated` gets
-SIGTERM at a random moment; `killed` loses a random rank to SIGKILL at a random moment, `killed-saving` while a
-checkpoint is half-written. Every one is a run of `cptain train`, started again until its steps are done; of a step that
-was trained twice the second counts. Losses are compared as Megatron logs them, with seven digits.
+again; `walk` is tensor-, pipeline-, context- and again data-parallel, as long each; `terminated` gets SIGTERM at a
+random moment; `deadline` is a job whose deadline comes when the reference was half done; `killed` loses a random rank
+to SIGKILL at a random moment, `killed-saving` while a checkpoint is half-written. Every one is a run of `cptain train`,
+started again until its steps are done; of a step that was trained twice the second counts. Losses are compared as
+Megatron logs them, with seven digits.
 
 --cpu does the same over gloo in fp32, less the context-parallel part, which Megatron's attention does not have there.
 """
@@ -27,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from cptain.megatron.log import Step, read_steps, train_logs
+from cptain.training.metrics import read_metrics
 from inputs import CPTAIN, INSTALLED, environment, make_run
 
 WALK = {"TP 2": "parallel.tensor=2", "PP 2": "parallel.pipeline=2", "CP 2": "parallel.context=2", "DP 2": ""}
-CHAINS = ("reference", "walk", "killed-saving", "killed", "terminated", "again")  # the longest first
+CHAINS = ("reference", "walk", "deadline", "killed-saving", "killed", "terminated", "again")  # the longest first
 STARTS = 3  # of an interrupted run, at most
 
 
@@ -80,6 +82,7 @@ class Bench:
         self.trees: dict[str, str] = dict(peer.split("=", 1) for peer in options.peer)
         self.layouts = {name: sets for name, sets in WALK.items() if not (options.cpu and name == "CP 2")}
         self.stretch = options.steps // len(self.layouts)
+        self.began: dict[str, float] = {}  # when the last start of a chain did, in seconds since the epoch
 
     def make_inputs(self) -> None:
         """Model, text, tokenized data and converted checkpoint."""
@@ -98,13 +101,20 @@ class Bench:
         }
         self.file = make_run(self.folder, "tiny" if cpu else "small", layers=4, megabytes=2, train=train)
 
-    def start(self, chain: Chain, settings: list[str], meanwhile: Callable[[int], str] | None = None) -> None:
+    def start(
+        self,
+        chain: Chain,
+        settings: list[str],
+        meanwhile: Callable[[int], str] | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
         """One `cptain train`; `meanwhile` gets its process id, and says what it did to it."""
         command = [*CPTAIN, "train", str(self.file), "--nproc-per-node", "2"]
         command += ["--cpu"] if self.options.cpu else []
         command += [word for setting in [f'name="{chain.name}"', *settings] if setting for word in ("--set", setting)]
         log, began = self.folder / f"{chain.name}-{len(chain.starts) + 1}.log", time.monotonic()
-        variables = environment(self.trees.get(chain.megatron), "" if self.options.cpu else "0,1")
+        variables = environment(self.trees.get(chain.megatron), "" if self.options.cpu else "0,1") | (variables or {})
+        self.began[chain.name] = time.time()
         with open(log, "wb") as output:
             process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
             while process.poll() is None and time.monotonic() < began + self.options.timeout:
@@ -157,6 +167,16 @@ class Bench:
 
         return while_saving if chain.what == "killed-saving" else after_step
 
+    def half(self, chain: Chain) -> float:
+        """How many seconds after its start the reference of the same Megatron had half its steps done; waits for it."""
+        reference, half = Chain(chain.megatron, "reference").name, self.options.steps // 2
+        until = time.monotonic() + self.options.timeout
+        while half not in (steps := read_metrics(self.folder / reference / "logs" / "metrics.jsonl")):
+            if time.monotonic() > until:
+                raise OSError(f"{reference} did not reach step {half}")
+            time.sleep(0.5)
+        return float(steps[half]["time"]) - self.began[reference]
+
     def run(self, chain: Chain) -> None:
         """A chain from its first start to its last."""
         if chain.what == "walk":
@@ -164,6 +184,11 @@ class Bench:
                 self.start(chain, [setting, f'train.megatron_args=["--exit-interval","{self.stretch}"]'])
                 chain.done_to_it += f"{' → ' if chain.done_to_it else ''}{layout}"
         elif chain.what in ("reference", "again"):
+            self.start(chain, [])
+        elif chain.what == "deadline":
+            seconds = self.half(chain)
+            self.start(chain, [], variables={"CPTAIN_DEADLINE": str(time.time() + seconds)})
+            chain.done_to_it = f"a deadline {seconds:.0f} s after its start"
             self.start(chain, [])
         else:
             self.start(chain, [], self.interruption(chain))

@@ -40,12 +40,14 @@ VARIANTS: dict[str, list[str]] = {  # --set of cptain train
     "cptain": [],
     "unfused": ['train.megatron_args=["--no-gradient-accumulation-fusion"]'],
     "mb2": ["train.micro_batch_size=2"],
+    "mb4": ["train.micro_batch_size=4"],
     "fp8": ['train.precision="fp8"'],
     "fp8-mb2": ['train.precision="fp8"', "train.micro_batch_size=2"],
+    "fp8-mb4": ['train.precision="fp8"', "train.micro_batch_size=4"],
     "fp8-delayed-mb2": [
         'train.precision="fp8"',
         "train.micro_batch_size=2",
-        'train.megatron_args=["--fp8-recipe","delayed","--fp8-amax-history-len","1024","--fp8-amax-compute-algo","max"]',
+        'train.fp8_recipe="delayed"',
     ],
 }
 LAB = """
