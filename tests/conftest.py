@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 import tomli_w
 import zstandard
 from click.testing import CliRunner, Result
+from stand_ins import KEEPS_ENVIRONMENT, TWO_NODES, Submission, write_site
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "runs"))
@@ -35,6 +35,7 @@ TINY = {
 }
 
 RunFileMaker = Callable[..., Path]
+pytest_plugins = ("image_fixtures",)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -71,6 +72,13 @@ def cptain(*arguments: object) -> Result:
     from cptain.cli import main
 
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a wrong use is answered with."""
+    result = cptain("jobs", *arguments)
+    assert result.exit_code == 2, result.output
+    return result.output.splitlines()[-1]
 
 
 def cptain_process(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
@@ -233,6 +241,35 @@ def make_run(tmp_path: Path, run_content: dict[str, Any]) -> RunFileMaker:
     return make
 
 
+@pytest.fixture
+def make_jobs_run(make_run: RunFileMaker) -> RunFileMaker:
+    """Writes run files with all that a site can ask for."""
+
+    def make(**changes: Any) -> Path:
+        jobs = {"site": "pbs", "group": "group1", "nodes": 2, "walltime": "10:00:00", "image": "/shared/cptain.sif"}
+        more = {"train__global_batch_size": 64} | changes  # the sites have up to 8 GPUs
+        return make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | more)
+
+    return make
+
+
+@pytest.fixture
+def make_submission(make_run: RunFileMaker, tmp_path: Path) -> Callable[..., Submission]:
+    """Renders the jobs of a run of two nodes for a PBS site with these keys; __ for dots changes keys of the run."""
+
+    def make(apptainer: str = KEEPS_ENVIRONMENT, site: dict[str, Any] | None = None, **changes: Any) -> Submission:
+        image = tmp_path / "cptain.sif"
+        image.touch()
+        file = write_site(tmp_path / "here.toml", **{"launcher": "pbs_tmrsh", "train": TWO_NODES, **(site or {})})
+        jobs = {"image": str(image), "nodes": 2, "walltime": "01:00:00", "shards": 2, "chain": 1}
+        run = make_run(**{f"jobs__{key}": value for key, value in jobs.items()} | changes)
+        result = cptain("jobs", run, "--site", file)
+        assert result.exit_code == 0, result.output
+        return Submission(Path(result.stdout.strip()), tmp_path, apptainer)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def ready_run(session_folder: Path, run_content: dict[str, Any]) -> Path:
     """A run file whose data and converted checkpoint are there, and nothing is trained."""
@@ -255,10 +292,12 @@ def make_ready_run(ready_run: Path, make_run: RunFileMaker) -> RunFileMaker:
 
 
 def say_iteration(file: Path, iteration: int) -> None:
-    """Let a file of a checkpoint's common state name this iteration."""
+    """Let a checkpoint's common.pt name this iteration, as if it had been saved so."""
     import torch
+    from cptain.checkpoint.saved_files import write_record
 
     torch.save({**torch.load(file, weights_only=False), "iteration": iteration}, file)
+    write_record(file.parent)
 
 
 def as_if_trained(file: Path, *iterations: int) -> Path:
@@ -276,6 +315,44 @@ def as_if_trained(file: Path, *iterations: int) -> Path:
     return run.hf_folder / folder.name
 
 
+@pytest.fixture
+def text(tmp_path: Path, make_run: RunFileMaker, ready_run: Path) -> Any:
+    """Writes bytes as an input file and gives a run file for it, whose tokenizer transformers has been asked about."""
+
+    def write(content: bytes, name: str = "x.jsonl", **changes: Any) -> Path:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+        file = make_run(data__input=["in/**/*.jsonl*"], **changes)
+        if "data__output" not in changes:
+            from cptain.run_file import load_run
+
+            shutil.copytree(load_run(ready_run).tokenizers_folder, load_run(file).tokenizers_folder, dirs_exist_ok=True)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def make_model_run(model: Path, tmp_path: Path, make_run: RunFileMaker) -> Callable[..., Path]:
+    """Copies the model, changes its config.json, and gives a run file for the copy."""
+
+    def make(changes: dict[str, Any] | None = None, edit: Callable[[Path], None] = lambda folder: None) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in (changes or {}).items():
+            *path, last = key.split(".")
+            section = config
+            for step in path:
+                section = section[step]
+            section[last] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        edit(folder)
+        return make_run(model__hf=str(folder))
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def trained_run(session_folder: Path, run_content: dict[str, Any], ready_run: Path) -> Path:
     """A run file whose eight steps were trained by the real Megatron, in one go."""
@@ -287,37 +364,26 @@ def trained_run(session_folder: Path, run_content: dict[str, Any], ready_run: Pa
     return file
 
 
-@pytest.fixture(scope="session")
-def image() -> Path:
-    """The CPU image: the one that the last tests built, unless something that goes into it is newer."""
-    file = PROJECT / ".apptainer" / "tests.sif"
-    sources = [PROJECT / "Singularity.def", PROJECT / "pyproject.toml", PROJECT / "Makefile"]
-    sources += (PROJECT / "apptainer").glob("*")
-    sources += (PROJECT / "apps").rglob("*.py")
-    sources += (PROJECT / "jobs").glob("*/*")
-    if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-        built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
-        assert built.returncode == 0, built.stdout[-4000:]
+@pytest.fixture
+def own_trained_run(trained_run: Path, make_ready_run: RunFileMaker) -> Path:
+    """A run file of a copy of `trained_run`, for a test that adds to it."""
+    from cptain.run_file import load_run
+
+    file = make_ready_run()
+    shutil.copytree(load_run(trained_run).folder, load_run(file).folder)
     return file
 
 
-@pytest.fixture(scope="session")
-def public() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's own are for their owner alone."""
-    folder = Path(tempfile.mkdtemp(prefix="cptain-tests-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+@pytest.fixture(autouse=True)
+def shared_runs_stay_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What one test adds to a run that all share, another finds or not, by the order in which they happen to run."""
+    shared = [request.getfixturevalue(name) for name in ("ready_run", "trained_run") if name in request.fixturenames]
 
+    def files() -> set[Path]:
+        there = (path for file in shared for path in (file.parent / "runs" / "run").rglob("*"))
+        return {path for path in there if ".in-use" not in path.parts}  # locks
 
-@pytest.fixture(scope="session")
-def apptainer(image: Path, public: Path) -> str:
-    """The apptainer that built the image, where every user can reach it, as `singularity` too: so spython calls it."""
-    found = shutil.which("apptainer")
-    if found is None:
-        shutil.copytree(PROJECT / ".apptainer" / "dist", public / "private" / "dist", symlinks=True)
-        shutil.copytree(PROJECT / ".apptainer" / "bin", public / "private" / "bin", symlinks=True)
-        found = str(public / "private" / "bin" / "apptainer")
-    (public / "bin").mkdir()
-    (public / "bin" / "singularity").symlink_to(found)
-    return found
+    before = files()
+    yield
+    changed = before ^ files()
+    assert not changed, f"{request.node.name} changed a shared run: {sorted(map(str, changed))[:5]}: copy it"

@@ -4,7 +4,7 @@ import unicodedata
 from pathlib import Path
 
 from cptain.data.tokenizer import Tokenizer
-from test_preprocess import trained
+from test_ids import trained
 from tokenizers import Tokenizer as Serialized
 
 # Assigned or changed in Unicode since the tables of Hugging Face's library: Reiwa, Arabic marks, a Latin modifier.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, RunFileMaker, cptain
 from cptain.run_file import RunFile
+from cptain.toml_file import table_of
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -47,15 +48,8 @@ def test_a_defect_is_one_line_and_debug_shows_its_traceback(
 def test_every_key_of_the_run_file_is_documented() -> None:
     text = (PROJECT / "docs" / "run-file.md").read_text(encoding="utf-8")
     for section_name, section in RunFile.model_fields.items():
-        annotation = next(
-            (
-                part
-                for part in getattr(section.annotation, "__args__", (section.annotation,))
-                if hasattr(part, "model_fields")
-            ),
-            None,
-        )
-        for key in annotation.model_fields if annotation else ():
+        table = table_of(section.annotation)
+        for key in table.by_key() if table else ():
             assert re.search(rf"`{section_name}\.{key}`|`\.{key}`", text), f"{section_name}.{key}"
         assert section_name in text
 

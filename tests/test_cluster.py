@@ -1,7 +1,7 @@
 """The rendered jobs on a real Grid Engine and a real Slurm, each with two pretend hosts (tests/cluster), in the image.
 
 PBS Professional is in no package registry: its scripts differ in their headers and in pbs_tmrsh, and what it says is
-tested from recordings in tests/test_jobs.py.
+tested from recordings in tests/test_job_states.py.
 """
 
 import json
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import Cluster, Submitted
 from conftest import PROJECT, TINY, make, write_run_file
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import RunFile, load_run
 
 HOSTS = ("node0", "node1")
 USER = "jobuser"
-UNDER_WAY = ("waiting", "queued", "running", "ending", "unknown")  # unknown: not yet in Grid Engine's accounts
 SITES = {
     "gridengine": 'scheduler = "gridengine"\nlauncher = "qrsh"\ntrain = ["-l node_f={nodes}"]\nneeds_group = true\n',
     "slurm": 'scheduler = "slurm"\nlauncher = "srun"\ntrain = ["--nodes={nodes}", "--ntasks-per-node=1"]\n',
@@ -36,69 +36,6 @@ pytestmark = pytest.mark.skipif(
     os.getuid() != 0 or not Path("/etc/debian_version").exists(),
     reason="a scheduler of one's own needs root, and Debian's apt",
 )
-
-
-class Cluster:
-    """A scheduler, and a folder that its hosts share."""
-
-    def __init__(self, name: str, as_user: Path, folder: Path, apptainer: str) -> None:
-        self.name, self.as_user, self.folder, self.apptainer = name, as_user, folder, apptainer
-
-    def run(self, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command as the job user on the first host."""
-        words = [self.as_user, *map(str, command)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=self.folder, **options)
-
-
-class Submitted:
-    """A run whose jobs were rendered, in the image, and submitted."""
-
-    def __init__(self, cluster: Cluster, file: Path) -> None:
-        self.cluster, self.run = cluster, load_run(file)
-        image = cluster.folder / "image"
-        rendered = cluster.run(cluster.apptainer, "--silent", "exec", image, "cptain", "jobs", file)
-        assert rendered.returncode == 0, rendered.stderr
-        self.script = Path(rendered.stdout.strip())
-
-    def submit(self, *stages: str) -> dict[str, str]:
-        """Submit all or some stages; the jobs' ids by name."""
-        done = self.cluster.run("bash", self.script, *stages)
-        assert done.returncode == 0, done.stderr
-        self.jobs = dict(line.split() for line in done.stdout.splitlines())
-        return self.jobs
-
-    def states(self) -> dict[str, str]:
-        """How each job is, as submit.sh --state says."""
-        done = self.cluster.run("bash", self.script, "--state")
-        assert done.returncode == 0, done.stderr
-        rows = [re.split(r" {2,}", line, maxsplit=3) for line in done.stdout.splitlines()]
-        return {row[0]: row[2] for row in rows}
-
-    def wait(self, seconds: float, name: str | None = None) -> dict[str, str]:
-        """Wait until a job, or all, have ended."""
-        deadline = time.monotonic() + seconds
-        states: dict[str, str] = {}
-        while time.monotonic() < deadline:
-            states = self.states()
-            watched = [states[name]] if name else list(states.values())
-            if not any(word in state for state in watched for word in UNDER_WAY):
-                return states
-            time.sleep(1)
-        raise AssertionError(f"after {seconds} s: {states}\n{self.said()}")
-
-    def said(self, stage: str = "") -> str:
-        """What the jobs of a stage printed."""
-        logs = sorted(self.run.logs_folder.glob(f"{stage}*"), key=lambda path: path.stat().st_mtime)
-        return "\n".join(path.read_text() for path in logs if path.suffix != ".log" and path.suffix != ".json")
-
-    def wait_for_step(self, number: int, seconds: float = 120) -> None:
-        """Wait until training has done a step."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if any(step.number >= number for step in read_steps(train_logs(self.run.logs_folder))):
-                return
-            time.sleep(0.2)
-        raise AssertionError(f"step {number} was not reached in {seconds} s: {self.states()}\n{self.said()}")
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +269,13 @@ def test_a_folder_that_the_nodes_do_not_share_and_a_missing_image_are_one_line(
     text = next(gridengine.folder.glob("convert*.o*")).read_text()
     assert re.fullmatch(r"convert.sh on node\d: /no.sif: no such image here \(make image builds it\)\n", text)
     image = gridengine.folder / "image"
+    assert gridengine.run("ln", "-s", image, "/tmp/image").returncode == 0  # which only the first host has
+    train = ("-g", "tga-group", "-v", "IMAGE=/tmp/image", submitted.script.with_name("train.sh"))
+    assert gridengine.run("qsub", "-terse", "-sync", "y", *train).returncode == 1
+    text = next(gridengine.folder.glob("train*.o*")).read_text()
+    assert re.search(
+        r"^train.sh on node1: /tmp/image: (the first node of the job has it, and|no such image)", text, re.M
+    )
     image.rename(gridengine.folder / "moved")
     gone = gridengine.run("bash", submitted.script)
     (gridengine.folder / "moved").rename(image)

@@ -77,7 +77,7 @@ def test_one_bit_flipped_in_a_shard_is_refused_by_export_verify_and_train(
         result = cptain(*command)
         assert result.exit_code == 1, result.output
         line = result.output.strip().splitlines()[-1]
-        assert f"{shard}: {KEY}: " in line
+        assert f"{shard}: {KEY}: " in line or ("directory" in part and f"{shard}: not as it was saved" in line)
     assert not run.hf_folder.exists() or not list(run.hf_folder.iterdir())
 
 

@@ -1,14 +1,17 @@
 """What a pair is called when data.input changes, and that none is replaced under a training."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RunFileMaker, cptain, write_jsonl
+from conftest import RunFileMaker, cptain, cptain_process, write_jsonl
 from cptain.data.in_use import in_use
+from cptain.data.inputs import input_files
 from cptain.run_file import load_run
 from test_preprocess import obey_permissions
 
@@ -20,7 +23,7 @@ def file(make_run: RunFileMaker, ready_run: Path, tmp_path: Path) -> Path:
     for name in "abc":
         write_jsonl(tmp_path / name / "x.jsonl", [f"document of {name}"])
     file = make_run(data__input=["a/*.jsonl"])
-    shutil.copytree(load_run(ready_run).data_folder / ".tokenizer", load_run(file).data_folder / ".tokenizer")
+    shutil.copytree(load_run(ready_run).tokenizers_folder, load_run(file).tokenizers_folder)
     return file
 
 
@@ -126,3 +129,58 @@ with in_use(Path({str(tmp_path)!r}), Path("/run")):
     )
     tmp_path.chmod(0o755)
     assert done.stdout == "in use\n"
+
+
+def test_globs_that_match_nothing_or_clash_are_named(make_run: RunFileMaker, tmp_path: Path) -> None:
+    result = cptain("preprocess", make_run(data__input=["nothing/*.jsonl"]))
+    assert result.exit_code == 1
+    kinds = ".jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz, .parquet"
+    assert f"cptain: data.input: {tmp_path}/nothing/*.jsonl matches no {kinds} file" in result.output
+    (tmp_path / "a.txt").write_text("x")
+    result = cptain("preprocess", make_run(data__input=["*.txt"]))
+    assert "a.txt" not in result.output
+    assert "file (1 other files)" in result.output
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "a.jsonl.gz", ["x"])
+    result = cptain("preprocess", make_run(data__input=["a.jsonl*"]))
+    assert "a.jsonl and " in result.output
+    assert "a.jsonl.gz would both become a: rename one" in result.output
+
+
+def test_a_match_that_is_no_readable_file_is_never_left_out_without_a_word(
+    make_run: RunFileMaker, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "in" / "good.jsonl", ["x"])
+    file, odd = make_run(data__input=["in/**/*"]), tmp_path / "in" / "odd.jsonl"
+    makers: list[Callable[[], object]] = [
+        lambda: odd.symlink_to("nothing"),
+        lambda: odd.symlink_to("odd.jsonl"),
+        lambda: os.mkfifo(odd),
+    ]
+    for make in makers:
+        make()
+        result = cptain("preprocess", file)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"cptain: data.input: {odd}: no regular file, or a link to nothing")
+        odd.unlink()
+    secret = tmp_path / "in" / "secret"
+    write_jsonl(secret / "x.jsonl", ["x"])
+    secret.chmod(0)
+    process = cptain_process("preprocess", file, preexec_fn=obey_permissions)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, f"cptain: {secret}: Permission denied\n")
+    secret.chmod(0o755)
+    for name, said in ((b".jsonl", "has no name before its suffix"), (b"\xff.jsonl", "a name that is not UTF-8")):
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).write_bytes(b'{"text": "x"}\n')
+        result = cptain("preprocess", file, "--set", "data.input=['in/*', 'in/.json*']")
+        assert f"{said}: rename it" in result.output
+        (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))).unlink()
+    folder = cptain("preprocess", file, "--set", "data.input=['in']")
+    assert f"it is a folder: write {tmp_path}/in/**/*" in folder.output
+
+
+def test_files_of_several_globs_are_named_from_their_common_folder(tmp_path: Path) -> None:
+    for name in ("one/a.jsonl", "two/x/a.jsonl"):
+        write_jsonl(tmp_path / name, ["x"])
+    found = input_files([f"{tmp_path}/one/**/*.jsonl", f"{tmp_path}/two/x/a.jsonl"])
+    assert sorted(found) == ["one/a", "two/x/a"]

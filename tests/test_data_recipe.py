@@ -62,7 +62,15 @@ def test_a_sweep_over_what_leaves_the_data_alone_shares_one_folder(make_run: Run
 
 def test_every_key_of_data_is_part_of_the_recipe_or_known_to_change_no_pair(make_run: RunFileMaker) -> None:
     """A new key of [data] is either a field of Recipe, and refused by train, or is named here."""
-    no_part = {"input", "output", "mix", "split", "check_fraction", "max_epochs"}
+    no_part = {
+        "input",
+        "output",
+        "mix",
+        "split",
+        "check_fraction",
+        "max_epochs",
+        "validation",
+    }  # a set has a recipe of its own
     assert set(options(load_run(make_run()))) == set(Data.model_fields) - no_part
 
 
@@ -113,7 +121,7 @@ def test_split_special_tokens_gives_the_ids_of_transformers(
     assert result.exit_code == 0, result.output
     assert "tokenizer: tokenizers, of Hugging Face (no other knows its split_special_tokens = true)" in result.output
     data = load_run(file).data_folder
-    eod = Tokenizer(str(folder), data / ".tokenizer").eod
+    eod = Tokenizer(str(folder), load_run(file).tokenizers_folder).eod
     ids = np.fromfile(data / "in_text_document.bin", np.uint16).tolist()
     assert ids == [one for document in expected for one in (*document, eod)]
     assert json.loads((data / "manifest.json").read_text())["recipe"]["split_special_tokens"] is True

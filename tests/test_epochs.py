@@ -9,13 +9,14 @@ import pytest
 from conftest import RunFileMaker, cptain, write_jsonl
 from cptain.data.epochs import check_epochs, exposures
 from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
-from cptain.data.manifest import Record, read_manifest
+from cptain.data.manifest import Record, read_manifest, write_manifest
 from cptain.data.recipe import Recipe
 from cptain.data.split import training_tokens
 from cptain.data.steps import train_steps
 from cptain.data.trained_on import other_data, trained_on
 from cptain.errors import CptainError
 from cptain.run_file import RunFile, load_run
+from cptain.training.changes import check_changes
 from cptain.training.documents import File
 from cptain.training.prepare import prepare
 
@@ -153,3 +154,54 @@ def test_an_epoch_is_every_token_that_megatron_trains_on_and_no_validation_is_sa
     assert lines[1].startswith("no validation: no file has a document in that part of data.split = 970,30,0, ")
     halves = run.model_copy(update={"data": run.data.model_copy(update={"split": "50,50,0"})})
     assert not any("no validation" in line for line in prepare(halves, cpu=True).lines)
+
+
+REPEATS = [{"name": "en", "input": "/d/en/*", "repeat": 2}, {"name": "ja", "input": "/d/ja/*", "repeat": 12.5}]
+
+
+def test_repeat_says_how_often_each_document_is_seen_and_so_how_long_the_run_is(make_run: RunFileMaker) -> None:
+    run = load(make_run(data__mix=REPEATS, train__steps=None, train__epochs=1))
+    steps = train_steps(run, RECORDS)
+    assert steps == 41  # 2 × 4,000 and 12.5 × 1,000 tokens in steps of 512
+    seen = 41 * 512 / 20_500  # whole steps
+    english, japanese = exposures(run, RECORDS, steps)
+    assert (english.name, english.epochs) == ("en", pytest.approx(2 * seen))
+    assert (japanese.name, japanese.epochs) == ("ja", pytest.approx(12.5 * seen))
+    half = load(make_run(data__mix=REPEATS, train__steps=None, train__epochs=0.5))
+    assert train_steps(half, RECORDS) == 21
+    assert trained_on(run, RECORDS)["mix"] == {"/d/en/*": "2 times", "/d/ja/*": "12.5 times"}
+    weights = [{"input": "/d/en/*", "weight": 8000}, {"input": "/d/ja/*", "weight": 12_500}]
+    assert trained_on(load(make_run(data__mix=weights)), RECORDS)["sha256"] == trained_on(run, RECORDS)["sha256"]
+    often = load(make_run(data__mix=REPEATS, train__steps=None, train__epochs=1, data__max_epochs=10))
+    with pytest.raises(
+        CptainError, match=r"data\.max_epochs = 10: ja: the 1,000 tokens to train on would be seen 12\.8"
+    ):
+        check_epochs(often, exposures(often, RECORDS, steps), steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__mix": REPEATS}, "data.mix: repeat says how often documents are seen in an epoch: say how long with"),
+        ({"data__mix": [{"input": "x"}]}, "data: mix[0]: give weight or repeat"),
+        ({"data__mix": [{"input": "x", "weight": 1, "repeat": 1}]}, "data: mix[0]: give weight or repeat"),
+        (
+            {"data__mix": [{"input": "x", "weight": 1}, {"input": "y", "repeat": 1}]},
+            "data: mix: give weight in every table, or repeat in every one",
+        ),
+    ],
+)
+def test_tables_that_say_too_little_or_too_much_are_refused(
+    make_run: RunFileMaker, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(CptainError) as refused:
+        load_run(make_run(**changes))
+    assert message in str(refused.value)
+
+
+def test_the_name_of_a_table_may_change_in_a_run_that_has_begun(make_run: RunFileMaker) -> None:
+    run = load(make_run(data__mix=TABLES))
+    before = run.model_dump(mode="json", exclude_none=True)
+    before["data"]["mix"][0]["name"] = "English"
+    write_manifest(run.data_folder, RECORDS, run.data.input)
+    assert check_changes(before, run) == []

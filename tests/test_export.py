@@ -153,9 +153,9 @@ def test_config_json_says_the_rotation_and_the_dtype_in_the_words_of_both_versio
     assert AutoConfig.from_pretrained(folder).rope_parameters == AutoConfig.from_pretrained(model).rope_parameters
 
 
-def test_the_model_card_says_what_the_model_was_made_from_and_how(trained_run: Path) -> None:
-    assert cptain("export", trained_run).exit_code == 0
-    folder = load_run(trained_run).hf_folder / "iter_0000008"
+def test_the_model_card_says_what_the_model_was_made_from_and_how(own_trained_run: Path) -> None:
+    assert cptain("export", own_trained_run).exit_code == 0
+    folder = load_run(own_trained_run).hf_folder / "iter_0000008"
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"

@@ -39,6 +39,31 @@ def test_the_optimizer_is_saved_for_any_layout_by_the_megatron_that_the_script_i
     assert RESHARDABLE not in flags(make_ready_run(train__script="Megatron-LM/pretrain_gpt.py"))
 
 
+def test_layers_are_recomputed_by_number_and_a_micro_batch_is_chosen(make_ready_run: RunFileMaker) -> None:
+    file = make_ready_run(train__recompute=1, train__micro_batch_size="auto")
+    given = flags(file)
+    assert "--recompute-granularity full" in given
+    assert "--recompute-method block" in given
+    assert "--recompute-num-layers 1" in given
+    assert "--micro-batch-size 8" in given
+    shown = cptain("train", file, "--dry-run").stderr
+    assert 'train.micro_batch_size = "auto": 8, which is all that a copy of the model has of a global batch' in shown
+    assert "--recompute-method uniform" in flags(make_ready_run(train__recompute="full"))
+
+
+def test_an_fp8_recipe_is_a_key_of_its_own(make_ready_run: RunFileMaker) -> None:
+    assert "--fp8-recipe tensorwise" in flags(make_ready_run(train__precision="fp8"))
+    delayed = flags(make_ready_run(train__precision="fp8", train__fp8_recipe="delayed"))
+    assert {"--fp8-recipe delayed", "--fp8-amax-history-len 1024", "--fp8-amax-compute-algo max"} <= set(delayed)
+    refused = cptain("train", make_ready_run(train__precision="bf16", train__fp8_recipe="delayed"), "--dry-run")
+    assert refused.exit_code == 2
+    assert 'fp8_recipe = "delayed": precision = "bf16" does not read it' in refused.output
+
+
+def test_stages_that_layers_divide_are_left_to_megatron(make_ready_run: RunFileMaker) -> None:
+    assert not [flag for flag in flags(make_ready_run(parallel__pipeline=2)) if "pipeline-num-layers" in flag]
+
+
 def test_random_states_are_left_only_where_the_layout_changed(make_ready_run: RunFileMaker, trained_run: Path) -> None:
     file = make_ready_run(train__steps=12)
     load_run(file).folder.mkdir(parents=True)
@@ -48,9 +73,17 @@ def test_random_states_are_left_only_where_the_layout_changed(make_ready_run: Ru
         assert "--no-load-rng" in flags(file, "--set", layout)
 
 
-def test_the_loss_of_a_run_in_fp32_is_not_computed_in_bf16(make_ready_run: RunFileMaker) -> None:
-    assert FUSION in flags(make_ready_run(train__precision="bf16"))
-    assert FUSION not in flags(make_ready_run(train__precision="fp32"))
+def test_megatrons_loss_is_fused_for_a_script_of_the_users_own_but_in_fp32_as_it_computes_in_bf16(
+    make_ready_run: RunFileMaker, tmp_path: Path
+) -> None:
+    core = tmp_path / "Megatron-LM" / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 13\nPATCH = 1\nPRE_RELEASE = ''\n")
+    (tmp_path / "Megatron-LM" / "pretrain_gpt.py").touch()
+    script = "Megatron-LM/pretrain_gpt.py"
+    assert FUSION in flags(make_ready_run(train__precision="bf16", train__script=script))
+    assert FUSION not in flags(make_ready_run(train__precision="fp32", train__script=script))
+    assert FUSION not in flags(make_ready_run(train__precision="bf16"))
 
 
 @pytest.mark.usefixtures("transformer_engine")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunFileMaker, cptain
+from conftest import cptain
 from cptain.errors import CptainError
 from cptain.history import KILLED, RUNNING, Recorder, Start, read_history, stretches, write_history
 from cptain.run_file import load_run
@@ -17,14 +17,6 @@ def start(begin: int, last: int, **more: Any) -> Start:
     return Start(
         began="", start=begin, steps=20, run={}, data={}, layout={}, versions={}, last=last, saved=last, **more
     )
-
-
-@pytest.fixture
-def own_run(trained_run: Path, make_ready_run: RunFileMaker) -> Path:
-    """A run file whose eight steps are trained, in a folder of this test's own."""
-    file = make_ready_run()
-    shutil.copytree(load_run(trained_run).folder, load_run(file).folder)
-    return file
 
 
 def test_a_start_of_training_leaves_one_line_that_says_what_it_did(trained_run: Path) -> None:
@@ -63,19 +55,23 @@ def records(run_folder: Path) -> dict[str, bytes]:
     return {name: (run_folder / name).read_bytes() for name in ("run.toml", "provenance.json", "history.jsonl")}
 
 
-def test_an_attempt_that_trains_nothing_changes_no_record(own_run: Path) -> None:
-    run = load_run(own_run)
+def test_an_attempt_that_trains_nothing_changes_no_record(own_trained_run: Path) -> None:
+    run = load_run(own_trained_run)
     before = records(run.folder)
-    assert cptain("train", own_run, "--cpu", "--set", "train.eval_interval=3").exit_code == 0  # all steps are done
-    refused = cptain("train", own_run, "--cpu", "--set", "train.steps=10", "--set", "parallel.tensor=8")
+    assert (
+        cptain("train", own_trained_run, "--cpu", "--set", "train.eval_interval=3").exit_code == 0
+    )  # all steps are done
+    refused = cptain("train", own_trained_run, "--cpu", "--set", "train.steps=10", "--set", "parallel.tensor=8")
     assert refused.exit_code == 2
     assert records(run.folder) == before
 
 
-def test_the_card_says_what_trained_and_not_what_export_was_told(own_run: Path) -> None:
-    run = load_run(own_run)
+def test_the_card_says_what_trained_and_not_what_export_was_told(own_trained_run: Path) -> None:
+    run = load_run(own_trained_run)
     before = (run.folder / "run.toml").read_bytes()
-    result = cptain("export", own_run, "--set", "train.lr=0.25", "--set", "train.global_batch_size=16", "--force")
+    result = cptain(
+        "export", own_trained_run, "--set", "train.lr=0.25", "--set", "train.global_batch_size=16", "--force"
+    )
     assert result.exit_code == 0, result.output
     card = (run.hf_folder / "iter_0000008" / "README.md").read_text()
     assert "| learning rate | 0.001, cosine to 0.0001, 1 steps of warm-up |" in card
@@ -84,23 +80,27 @@ def test_the_card_says_what_trained_and_not_what_export_was_told(own_run: Path) 
     assert (run.folder / "run.toml").read_bytes() == before
 
 
-def test_the_card_tells_the_steps_of_each_where_training_changed_on_the_way(own_run: Path) -> None:
-    run = load_run(own_run)
+def test_the_card_tells_the_steps_of_each_where_training_changed_on_the_way(own_trained_run: Path) -> None:
+    run = load_run(own_trained_run)
     (one,) = read_history(run.folder)
     other = json.loads(json.dumps(one.run))
     other["train"]["lr"] = 5e-4
+    secret = {"input": "/secret/*"}
+    other["data"]["mix"] = [{**secret, "name": "ja", "repeat": 2.0}, {**secret, "repeat": 1.0}]
     write_history(run.folder, [dataclasses.replace(one, last=5, saved=4), dataclasses.replace(one, start=4, run=other)])
-    assert cptain("export", own_run, "--force").exit_code == 0  # a card that is there is kept
+    assert cptain("export", own_trained_run, "--force").exit_code == 0  # a card that is there is kept
     card = (run.hf_folder / "iter_0000008" / "README.md").read_text()
     assert "0.001, cosine to 0.0001, 1 steps of warm-up (steps 1 to 4); 0.0005, cosine" in card
+    assert "| mix | none (steps 1 to 4); ja 2 times, part 2 1 times (steps 5 to 8) |" in card
+    assert "/secret" not in card
 
 
 def test_a_config_that_was_edited_after_training_is_refused_at_resume_export_and_verify(
-    own_run: Path, model: Path, tmp_path: Path
+    own_trained_run: Path, model: Path, tmp_path: Path
 ) -> None:
     """Neither rope theta nor the norm's epsilon shows in a tensor's shape, and the logits of both sides agreed."""
-    run = load_run(own_run)
-    assert cptain("export", own_run).exit_code == 0
+    run = load_run(own_trained_run)
+    assert cptain("export", own_trained_run).exit_code == 0
     exported = run.hf_folder / "iter_0000008"
     shutil.copytree(model, tmp_path / "other")
     hf, tokenizer = f'model.hf="{tmp_path}/other"', f'model.tokenizer="{model}"'
@@ -115,8 +115,8 @@ def test_a_config_that_was_edited_after_training_is_refused_at_resume_export_and
             config |= {"rope_theta": 500000.0, "rope_scaling": ROPE, key: value}
             (folder / "config.json").write_text(json.dumps(config))
         for command in (
-            ("train", own_run, "--dry-run", "--set", hf, "--set", tokenizer, "--set", "train.steps=9"),
-            ("export", own_run, "--set", hf, "--set", tokenizer),
+            ("train", own_trained_run, "--dry-run", "--set", hf, "--set", tokenizer, "--set", "train.steps=9"),
+            ("export", own_trained_run, "--set", hf, "--set", tokenizer),
             ("verify", exported, run.checkpoints_folder),
             ("verify", exported, run.checkpoints_folder, "--logits"),
         ):
@@ -134,29 +134,31 @@ ROPE = {
 }
 
 
-def test_a_checkpoint_of_another_iteration_under_this_ones_name_is_refused(own_run: Path) -> None:
-    checkpoints = load_run(own_run).checkpoints_folder
+def test_a_checkpoint_of_another_iteration_under_this_ones_name_is_refused(own_trained_run: Path) -> None:
+    checkpoints = load_run(own_trained_run).checkpoints_folder
     shutil.rmtree(checkpoints / "iter_0000008")
     shutil.copytree(checkpoints / "iter_0000004", checkpoints / "iter_0000008")
-    result = cptain("export", own_run)
+    result = cptain("export", own_trained_run)
     assert result.exit_code == 1
     assert "iter_0000008: holds iteration 4, not the one that the folder's name says" in result.output
 
 
-def test_other_data_is_refused_at_a_resume_and_recorded_where_it_is_accepted(own_run: Path, texts: list[str]) -> None:
+def test_other_data_is_refused_at_a_resume_and_recorded_where_it_is_accepted(
+    own_trained_run: Path, texts: list[str]
+) -> None:
     """preprocess again with other files, and training resumed at its sample count in another blend, silently."""
     from conftest import write_jsonl
 
-    run = load_run(own_run)
-    write_jsonl(own_run.parent / "more" / "new.jsonl", texts[:20])
-    more = json.dumps([*run.data.input, str(own_run.parent / "more" / "*.jsonl")])
-    data = [f"data.input={more}", f'data.output="{own_run.parent}/other data"', "train.steps=9"]
+    run = load_run(own_trained_run)
+    write_jsonl(own_trained_run.parent / "more" / "new.jsonl", texts[:20])
+    more = json.dumps([*run.data.input, str(own_trained_run.parent / "more" / "*.jsonl")])
+    data = [f"data.input={more}", f'data.output="{own_trained_run.parent}/other data"', "train.steps=9"]
     sets = [word for one in data for word in ("--set", one)]
-    assert cptain("preprocess", own_run, *sets).exit_code == 0
-    result = cptain("train", own_run, "--cpu", *sets)
+    assert cptain("preprocess", own_trained_run, *sets).exit_code == 0
+    result = cptain("train", own_trained_run, "--cpu", *sets)
     assert result.exit_code == 1
     assert "was trained on other data: 3 → 4 files" in result.output
     assert "--accept data" in result.output
-    result = cptain("train", own_run, "--cpu", "--accept", "data", *sets)
+    result = cptain("train", own_trained_run, "--cpu", "--accept", "data", *sets)
     assert result.exit_code == 0, result.output
     assert read_history(run.folder)[-1].accepted[0].startswith("data: 3 → 4 files")

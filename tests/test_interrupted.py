@@ -29,8 +29,9 @@ from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.verify import tensors
 from cptain.errors import CptainError
 from cptain.run_file import RunFile, load_run
+from test_checkpoint import last_line
 
-KILLS = 100
+KILLS = 50
 ROUNDS = 20  # of several processes at once
 
 
@@ -253,3 +254,87 @@ def test_what_a_process_of_another_namespace_is_writing_is_left_alone(tmp_path: 
         apart = ["unshare", "--pid", "--fork", "--mount-proc"]
         subprocess.run([*apart, sys.executable, "-c", clean, tmp_path], check=True)
         assert folder.exists()
+
+
+@pytest.mark.parametrize("stage", ["convert", "export"])
+def test_a_full_disk_leaves_no_checkpoint_and_no_debris(make_run: RunFileMaker, ready_run: Path, stage: str) -> None:
+    file = make_run()
+    if stage == "export":
+        assert cptain("convert", file).exit_code == 0
+        as_if_trained(file)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = cptain_process(stage, file, preexec_fn=limit)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    run = load_run(file)
+    target = run.megatron_folder / "release" if stage == "convert" else run.hf_folder / "iter_0000001"
+    assert last_line(output) == f"cptain: {target}: cannot be written: File too large"
+    assert not target.exists()
+    assert leftovers(run.folder) == []
+
+
+@pytest.mark.parametrize("stage", ["convert", "export", "verify"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_behind_and_exits_75(
+    make_run: RunFileMaker, tmp_path: Path, stage: str, signal_number: signal.Signals
+) -> None:
+    """Slowed to a tensor a tenth of a second, so that the signal arrives in the middle."""
+    file = make_run()
+    run = load_run(file)
+    if stage != "convert":
+        assert cptain("convert", file).exit_code == 0
+        as_if_trained(file)
+    slow = """
+import sys, time
+from cptain import progress
+advance = progress.Progress.advance
+def slowly(self, *arguments):
+    advance(self, *arguments)
+    print("working", flush=True)
+    time.sleep(0.1)
+progress.Progress.advance = slowly
+from cptain.cli import main
+main()
+"""
+    arguments = [str(run.model.hf), str(run.megatron_folder)] if stage == "verify" else [str(file)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, stage, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "working\n":
+            break
+    process.send_signal(signal_number)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    assert last_line(rest) == f"cptain: stopped by {signal_number.name}; the same command continues"
+    assert leftovers(run.folder) == []
+    if stage != "verify":
+        target = run.megatron_folder / "release" if stage == "convert" else run.hf_folder / "iter_0000001"
+        assert not target.exists()
+        assert cptain(stage, file).exit_code == 0
+        assert target.exists()
+
+
+def test_a_killed_convert_leaves_the_old_checkpoint_and_the_next_one_cleans_up(make_run: RunFileMaker) -> None:
+    file = make_run()
+    root = load_run(file).megatron_folder
+    assert cptain("convert", file).exit_code == 0
+    before = (root / "release" / ".metadata").read_bytes()
+    killer = """
+import os, signal
+from cptain import progress
+progress.Progress.advance = lambda self, *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from cptain.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", killer, "convert", str(file), "--force"], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert leftovers(root)
+    assert (root / "release" / ".metadata").read_bytes() == before
+    time.sleep(0.01)
+    assert cptain("convert", file, "--force").exit_code == 0
+    assert leftovers(root) == []

@@ -1,5 +1,6 @@
 """train.megatron_args: what the run file, config.json or nobody reads is refused, before anything starts."""
 
+import shlex
 from typing import Any
 
 import pytest
@@ -125,10 +126,13 @@ def test_no_argument_of_megatron_is_taken_for_an_abbreviation(arguments: dict[st
         (["--num-experts", "8"], "--num-experts: the model's config.json says it"),
         (["--use-checkpoint-args"], "--use-checkpoint-args: the model's config.json says it"),
         (["--lr", "1"], "--lr: set train.lr"),
-        (["--clip-grad", "0.5", "--lr=1"], "--lr: set train.lr"),
+        (["--log-interval", "2", "--lr=1"], "--lr: set train.lr"),
+        (["--clip-grad", "0.5"], "--clip-grad: set train.clip_grad"),
+        (["--start-weight-decay", "0.5"], "--start-weight-decay: set train.weight_decay"),
+        (["--seed", "7"], "--seed: set train.seed"),
         (["--fp16"], "--fp16: set train.precision"),
         (["--train-samples", "99"], "--train-samples: set train.steps"),
-        (["--lr-decay-samples", "99"], "--lr-decay-samples: set train.steps"),
+        (["--lr-decay-samples", "99"], "--lr-decay-samples: set train.decay_steps"),
         (["--lr-warmup-fraction", "0.1"], "--lr-warmup-fraction: set train.warmup_steps"),
         (["--pipeline-model-parallel-size", "3"], "--pipeline-model-parallel-size: set parallel.pipeline"),
         (["--tokenizer-model", "/nowhere"], "--tokenizer-model: set model.tokenizer"),
@@ -152,16 +156,7 @@ def test_what_something_else_says_is_refused_by_name(
 
 
 def test_defaults_of_ours_may_be_overridden(make_ready_run: RunFileMaker) -> None:
-    words = [
-        "--weight-decay",
-        "0.05",
-        "--lr-decay-style=linear",
-        "--eval-iters",
-        "3",
-        "--seed",
-        "7",
-        "--log-interval=2",
-    ]
+    words = ["--optimizer", "sgd", "--num-workers=1", "--log-interval=2"]
     assert dry_run(make_ready_run(train__megatron_args=words)).exit_code == 0
 
 
@@ -170,3 +165,13 @@ def test_another_script_may_read_what_ours_does_not(make_ready_run: RunFileMaker
     file = make_ready_run(train__script="script.py", train__megatron_args=["--sft"])
     assert dry_run(file).exit_code == 0
     assert dry_run(make_ready_run(train__script="script.py", train__megatron_args=["--lr", "1"])).exit_code == 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_megatron_reads_all_that_cptain_passes(make_ready_run: RunFileMaker, tensor: int) -> None:
+    """train asks it of the run file's megatron_args alone."""
+    shown = dry_run(make_ready_run(parallel__tensor=tensor)).stdout.replace("\\\n", " ")
+    words = [word for word in shlex.split(shown) if word.startswith("--")]
+    script = "from pathlib import Path\nfrom cptain.megatron.unread_arguments import unread\n"
+    script += "from cptain.training import pretrain\n"
+    assert in_megatron(f"{script}found = unread({words!r}, Path(pretrain.__file__))") == []

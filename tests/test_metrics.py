@@ -1,7 +1,9 @@
-"""The numbers of a training: metrics.jsonl, and what an offline run of Weights & Biases holds, read back."""
+"""The numbers of a training: metrics.jsonl, TensorBoard's files and an offline run of Weights & Biases, read back."""
 
 import json
+import os
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from conftest import RunFileMaker, cptain
 from cptain.megatron.log import Step, read_steps, train_logs
 from cptain.run_file import load_run
 from cptain.training.metrics import Metrics, metrics_file, read_metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
 
@@ -53,6 +56,14 @@ def offline_runs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a folder: the value of every name at every tick of its axis."""
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    tags = shown.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in shown.Scalars(tag)} for tag in tags}
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No key and no home that could have one."""
@@ -90,6 +101,72 @@ def test_a_restart_takes_the_place_of_steps_that_it_repeats_and_of_a_half_writte
     }
 
 
+def test_a_long_file_of_metrics_is_gone_on_with_and_not_read(make_run: RunFileMaker) -> None:
+    """Of 2⁴⁰ bytes, none of them a line's end, the last one alone is looked at."""
+    run = load_run(make_run())
+    run.logs_folder.mkdir(parents=True)
+    metrics_file(run).touch()
+    os.truncate(metrics_file(run), 1 << 40)
+    metrics = Metrics(run, print)
+    metrics.step(step(1))
+    metrics.close()
+    with open(metrics_file(run), "rb") as file:
+        file.seek(1 << 40)
+        begin, line = file.read().splitlines()
+    assert (begin, json.loads(line)["step"]) == (b"", 1)
+
+
+def test_tensorboard_shows_the_numbers_of_a_training_on_an_axis_of_tokens(trained_run: Path) -> None:
+    run = load_run(trained_run)
+    shown = tensorboard(run.logs_folder)
+    metrics = read_metrics(metrics_file(run))
+    assert set(shown) == {name for line in metrics.values() for name in line} - {"step", "tokens", "time"}
+    for name, values in shown.items():
+        lines = {line["tokens"]: line[name] for line in metrics.values() if name in line}
+        assert values == {tokens: pytest.approx(value, rel=1e-6) for tokens, value in lines.items()}
+
+
+def test_tensorboard_takes_back_the_steps_that_a_restart_repeats(
+    make_run: RunFileMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(make_run())
+    run.logs_folder.mkdir(parents=True)
+    for first in (1, 3):
+        monkeypatch.setattr("time.time", lambda first=first: 1e9 + first)
+        metrics = Metrics(run, print)
+        for number in range(first, first + 4):
+            metrics.step(step(number, loss=10.0 * first + number))
+        metrics.close()
+    assert tensorboard(run.logs_folder)["loss"] == {
+        tokens * 8 * 64: loss for tokens, loss in enumerate((11.0, 12.0, 33.0, 34.0, 35.0, 36.0), 1)
+    }
+
+
+def test_without_tensorboard_and_on_a_full_disk_training_goes_on(
+    make_run: RunFileMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(make_run())
+    run.logs_folder.mkdir(parents=True)
+    said: list[str] = []
+    metrics = Metrics(run, said.append)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
+    metrics.step(step(1))
+    metrics.close()
+    monkeypatch.undo()
+    assert (said, list(run.logs_folder.glob("events*"))) == ([], [])
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full_disk)
+    metrics = Metrics(run, said.append)
+    metrics.step(step(2))
+    metrics.step(step(3))
+    metrics.close()
+    assert said == ["train: TensorBoard: [Errno 28] No space left on device: training goes on without it"]
+    assert len(read_metrics(metrics_file(run))) == 3
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.usefixtures("offline")
 def test_a_chain_is_one_run_on_wandb_offline_by_itself_with_tokens_as_its_axis(make_run: RunFileMaker) -> None:
     run = load_run(make_run(wandb__project="llm-cpt", wandb__entity="lab"))
@@ -99,7 +176,7 @@ def test_a_chain_is_one_run_on_wandb_offline_by_itself_with_tokens_as_its_axis(m
         metrics = Metrics(run, said.append)
         for number in range(first, first + 3):
             metrics.step(step(number))
-        metrics.validation(first + 2, 3.0)
+        metrics.validation(first + 2, 3.0, {"ja": 2.5})
         metrics.close()
     one, other = offline_runs(run.folder)
     assert one["id"] == other["id"] == (run.folder / "wandb" / "id").read_text()
@@ -113,6 +190,7 @@ def test_a_chain_is_one_run_on_wandb_offline_by_itself_with_tokens_as_its_axis(m
             line
         )
     assert [line.get("validation_loss") for line in lines] == [None, None, 3.0, None, None, 3.0]
+    assert [line.get("validation_loss/ja") for line in lines] == [None, None, 2.5, None, None, 2.5]
     assert said[0].startswith(
         "train: Weights & Biases is offline: no key (WANDB_API_KEY); to send it later: wandb sync "
     )

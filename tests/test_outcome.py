@@ -11,9 +11,10 @@ from cptain.errors import CptainError
 from cptain.history import read_history
 from cptain.progress import Progress
 from cptain.run_file import RunFile, load_run
+from cptain.training.attempt import Attempt
 from cptain.training.follow import Follower
 from cptain.training.nodes import Nodes
-from cptain.training.outcome import Attempt, Ended, verdict
+from cptain.training.outcome import Ended, verdict
 from cptain.training.prepare import Command
 from cptain.training.record import TrainingRecord
 from cptain.training.stopping import Stop
@@ -191,3 +192,16 @@ def test_a_node_that_is_stopped_because_another_failed_gives_that_one_s_reason(r
         "train: stopped by SIGTERM, because another node failed: a: SIGKILL; nothing saved yet; "
         "the same command continues"
     )
+
+
+def test_a_link_that_failed_says_what_the_next_one_does(
+    run: RunFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CPTAIN_LINK", "1")
+    for start, says in (
+        (0, "goes on from step 4"),  # it saved some
+        (4, "goes on from step 4"),
+        (4, "gives up: 2 trainings failed at step 4: ValueError: a reason"),
+    ):
+        end(run, start=start, saved=4, status=1, error="ValueError: a reason")
+        assert f"train: the next job of the chain {says}\n" in capsys.readouterr().err

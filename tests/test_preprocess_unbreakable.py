@@ -22,7 +22,7 @@ from cptain.data.processes import process_pool
 from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 
-KILLS = 200
+KILLS = 80
 
 
 def data(folder: Path) -> dict[str, bytes]:

@@ -176,8 +176,12 @@ ANEW = "the order of the data begins anew: some sequences come again and others 
     [
         ({"data__mix": "uniform"}, f'data.mix: "tokens" → "uniform": {ANEW}'),
         ({"data__split": "80,20,0"}, f'data.split: "90,10,0" → "80,20,0": {ANEW}'),
-        ({"train__megatron_args": ["--seed", "7"]}, f"--seed: default → 7: {ANEW}"),
-        ({"train__megatron_args": ["--seed=7"]}, f"--seed: default → 7: {ANEW}"),
+        ({"train__seed": 7}, f"train.seed: 1234 → 7: {ANEW}"),
+        (
+            {"train__megatron_args": ["--dataloader-type", "cyclic"]},
+            f"--dataloader-type: default → cyclic: {ANEW}",
+        ),
+        ({"train__megatron_args": ["--dataloader-type=cyclic"]}, f"--dataloader-type: default → cyclic: {ANEW}"),
     ],
 )
 def test_a_change_that_shuffles_the_data_anew_is_said(

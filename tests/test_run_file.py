@@ -26,7 +26,7 @@ def test_the_run_files_of_the_project_are_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train__lr_": 1}, "train.lr_ = 1: no such key (allowed: epochs, eval_interval, global_batch_size, lr, "),
+        ({"train__lr_": 1}, "train.lr_ = 1: no such key (allowed: adam_beta1, adam_beta2, adam_eps, clip_grad, decay_"),
         (
             {"modell": {}},
             "modell: no such key (allowed: data, jobs, model, name, parallel, sweep, train, wandb, work_dir)",
@@ -45,7 +45,7 @@ def test_the_run_files_of_the_project_are_valid(name: str) -> None:
         ({"train__min_lr": 1.0}, "train: min_lr = 1.0 is over lr = 0.001"),
         ({"train__warmup_steps": 8}, "train: warmup_steps = 8 must be under steps = 8"),
         ({"data__mix": "token"}, 'data.mix = "token": allowed: "tokens", "uniform", or [[data.mix]] tables'),
-        ({"data__mix": [{"input": "x", "weigth": 1.0}]}, "data.mix[0].weight: is missing"),
+        ({"data__mix": [{"input": "x", "weigth": 1.0}]}, "data.mix[0].weigth = 1.0: no such key (allowed: input, name"),
         ({"data__split": "1,2"}, 'data.split = "1,2": allowed: the weights of train, validation and test'),
         ({"data__split": "0,1,0"}, 'data.split = "0,1,0": nothing is left to train on'),
         ({"data__input": []}, "data.input = []: list should have at least 1 item"),

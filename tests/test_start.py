@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunFileMaker, as_if_trained
+from cptain.checkpoint.tracker import iteration_folder
 from cptain.errors import CptainError
 from cptain.model.architecture import read_architecture
 from cptain.run_file import RunFile, load_run
@@ -24,7 +25,7 @@ def found(run: RunFile) -> Beginning:
 
 
 def test_the_tracker_names_where_training_goes_on(run: RunFile) -> None:
-    assert found(run) == Beginning(6, [])
+    assert found(run) == Beginning(iteration_folder(run.checkpoints_folder, 6), 6, [])
 
 
 @pytest.mark.parametrize("content", [None, "", "six"])

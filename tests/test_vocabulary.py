@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RunFileMaker, as_if_trained, cptain, write_jsonl
+from conftest import RunFileMaker, as_if_trained, cptain, in_megatron, write_jsonl
 from cptain.data.tokenizer import Tokenizer, tokenizer_facts
 from cptain.run_file import load_run
 
@@ -48,7 +48,7 @@ def test_preprocess_refuses_it_before_it_writes_a_pair_with_both_sizes_and_how_m
     write_jsonl(tmp_path / "in.jsonl", [TEXT] * 5)
     file = make_run(data__input=["in.jsonl"], model__hf=str(folder))
     result = cptain("preprocess", file, "--workers", 1)
-    tokens = 5 * len(Tokenizer(str(folder), load_run(file).data_folder / ".tokenizer").exact([TEXT])[0])
+    tokens = 5 * len(Tokenizer(str(folder), load_run(file).tokenizers_folder).exact([TEXT])[0])
     assert result.exit_code == 1
     assert last_line(result.output).startswith(
         f"cptain: {folder}: the tokenizer has 510 ids, and the model 500 ({folder}/config.json, vocab_size): what is "
@@ -128,3 +128,19 @@ def test_an_export_has_the_tokenizer_that_the_run_trained_with(
     assert "the tokenizer has 501 ids, and the model 500" in last_line(larger.output)
     nothing = cptain("export", file, "--set", f"model.tokenizer='{tmp_path}'")
     assert f"cptain: {tmp_path}: no tokenizer in this folder" in nothing.output
+
+
+def test_a_rank_builds_a_tokenizer_only_where_an_argument_asks_for_the_end_of_a_document() -> None:
+    script = """
+from types import SimpleNamespace
+from megatron.training import global_vars
+from cptain.megatron import no_tokenizer
+global_vars.build_tokenizer = lambda args: "Megatron's own"
+no_tokenizer.install()
+def built(**asked):
+    args = SimpleNamespace(make_vocab_size_divisible_by=256, tensor_model_parallel_size=2, **asked)
+    tokenizer = global_vars.build_tokenizer(args)
+    return getattr(tokenizer, "vocab_size", tokenizer)
+found = [built(eod_mask_loss=mask, reset_position_ids=reset) for mask, reset in ((0, 0), (1, 0), (0, 1))]
+"""
+    assert in_megatron(script) == [512, "Megatron's own", "Megatron's own"]
