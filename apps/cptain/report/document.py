@@ -105,7 +105,8 @@ def _starts(starts: list[Start]) -> list[Values]:
 def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
     """The parts of the mix; where the data is not to be seen from here, why."""
     try:
-        found = exposures(run, read_manifest(run.data_folder, run.data.input), steps)
+        records = read_manifest(run.data_folder, run.data.input)
+        so_far, found = exposures(run, records, steps, done), exposures(run, records, steps)
     except CptainError as error:
         return [{"not known": str(error)}]
     return [
@@ -114,10 +115,10 @@ def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
             "documents": part.documents,
             "tokens to train on": part.tokens,
             "share of training": f"{part.share:.1%}",
-            "epochs so far": round(part.epochs * done / steps, 3),
+            "epochs so far": round(now.epochs, 3),
             "epochs at the end": round(part.epochs, 3),
         }
-        for part in found
+        for now, part in zip(so_far, found, strict=True)
     ]
 
 
