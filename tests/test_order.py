@@ -15,7 +15,9 @@ from cptain.data.manifest import read_manifest
 from cptain.data.split import read_lengths
 from cptain.data.stages import parts_to_train, stages
 from cptain.errors import CptainError
+from cptain.report.document import document as report
 from cptain.run_file import load_run
+from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.order import stream
 
 # In the place of a sitecustomize: rank 0 writes a line for each piece of a document that it reads.
@@ -75,7 +77,8 @@ def test_every_sample_that_is_read_is_as_the_stages_say_over_a_resume_and_a_chan
     monkeypatch.setenv("RECORD", str(tmp_path / "read"))
     file = make_staged()
     assert cptain("preprocess", file).exit_code == 0
-    stopped = cptain("train", file, "--cpu", "--set", 'train.megatron_args=["--exit-interval","5"]')
+    pipeline = ("--set", "parallel.pipeline=2")
+    stopped = cptain("train", file, "--cpu", *pipeline, "--set", 'train.megatron_args=["--exit-interval","5"]')
     assert stopped.exit_code == 75, stopped.output
     assert "train:   steps 5 to 8: ja 50.0%, new 50.0%" in stopped.output
     other_past = [{**_LATER[0], "weight": {"ja": 1}}, _LATER[1]]
@@ -100,8 +103,16 @@ def test_every_sample_that_is_read_is_as_the_stages_say_over_a_resume_and_a_chan
     for name in ("en", "ja", "new"):
         _as_often_as_it_can_be([sample for sample, part in zip(samples, named, strict=True) if part == name])
 
+    metrics = read_metrics(metrics_file(run))
+    for step in range(1, 13):
+        until = Counter(named[: step * _BATCH])
+        told = {name: metrics[step].get(f"tokens/{name}") for name in ("en", "ja", "new")}
+        assert told == {name: until[name] * _SEQ for name in told}
+        _sums_are_megatrons(metrics, step)
     records = read_manifest(run.data_folder, run.data.input)
     counted = exposures(run, records, 12)
+    for part in counted:
+        assert metrics[12][f"epochs/{part.name}"] == pytest.approx(part.epochs, abs=_SEQ / part.tokens)
     total = Counter(named)
     assert {part.name: round(part.epochs * part.tokens / _SEQ) for part in counted} == total
     card = model_card(run, Path(run.model.hf), 12)
@@ -110,6 +121,37 @@ def test_every_sample_that_is_read_is_as_the_stages_say_over_a_resume_and_a_chan
     assert f"| mix | {before}; en 3, ja 1; from step 5 ja 1, new 1; from step 8 en 2, new 1 (steps 6 to 12) |" in card
     document = json.loads(cptain("plan", file, "--json").stdout)
     assert [part["epochs"] for part in document["data"]["parts"]] == [part.epochs for part in counted]
+
+
+def _sums_are_megatrons(metrics: dict[int, dict[str, Any]], step: int) -> None:
+    """The tokens of the domains are those that Megatron counts, and their losses its loss."""
+    before, now = metrics.get(step - 1, {}), metrics[step]
+    tokens = {name: now[name] - before.get(name, 0) for name in now if name.startswith("tokens/")}
+    assert sum(tokens.values()) == now["tokens"] - before.get("tokens", 0) == _STEP
+    losses = [count * now[f"loss/{name[7:]}"] for name, count in tokens.items() if count]
+    assert sum(losses) / _STEP == pytest.approx(now["loss"], abs=1e-5)
+
+
+def test_domains_that_megatron_reads_as_one_data_set_are_told_apart(make_staged: RunFileMaker) -> None:
+    """Two tables of one weight a token, over two copies of the model."""
+    mix = [{"name": "en", "input": "in/en.jsonl", "repeat": 1}, {"input": "in/[jn]*.jsonl", "repeat": 1}]
+    file = make_staged(data__mix=mix, data__stage=[], train__steps=None, train__epochs=1)
+    assert cptain("preprocess", file).exit_code == 0
+    result = cptain("train", file, "--cpu", "--nproc-per-node", 2)
+    assert result.exit_code == 0, result.output
+    run = load_run(file)
+    metrics = read_metrics(metrics_file(run))
+    last = max(metrics)
+    for step in range(1, last + 1):
+        _sums_are_megatrons(metrics, step)
+    parts = parts_to_train(run, read_manifest(run.data_folder, run.data.input))
+    for part, tokens in parts:  # an epoch of a blend is whole steps, and sequences that no document ends with
+        assert metrics[last][f"tokens/{part.name}"] == pytest.approx(tokens, abs=2 * _STEP)
+    made = report(run)
+    assert made is not None
+    assert [domain["domain"] for domain in made["tables"]["Domains"]] == [part.name for part, _ in parts]
+    assert f"loss/{parts[0][0].name}" in made["columns"]
+    assert not [name for name in made["columns"] if name.startswith(("tokens/", "epochs/"))]
 
 
 def _samples(record: Path) -> list[list[tuple[str, int, int, int]]]:

@@ -1,9 +1,10 @@
 """<run>/blend.json: what cptain's training script is told of the data, and in which order it is read.
 
-"files" has weight and prefix of every file, for Megatron's order and for what `data.split` validates with. A run with
-[[data.stage]] has "parts" (name, what its order is made of, prefixes) and "stages" (sequences, the weight of each part)
-besides. By file, not on the command line: 10,000 input files are more than a command line holds. Another train.script
-gets <run>/data-args.txt, `weight prefix` a line, which Megatron takes as --data-args-path and splits at white space.
+"files" has weight and prefix of every file, for Megatron's order and for what `data.split` validates with. With
+[[data.mix]] tables there are "parts" besides (name, what its order is made of, prefixes), the domains of the ledger,
+and with [[data.stage]] "stages" (sequences, the weight of each part). By file, not on the command line: 10,000 input
+files are more than a command line holds. Another train.script gets <run>/data-args.txt, `weight prefix` a line, which
+Megatron takes as --data-args-path and splits at white space.
 """
 
 import shlex
@@ -30,7 +31,7 @@ def write_blend(run: RunFile, records: list[Record], steps: int) -> tuple[str, s
         )
         return "--data-args-path", str(file)
     content: dict[str, Any] = {"files": _files(run, records)}
-    if run.data.stage:
+    if not isinstance(run.data.mix, str):
         found = parts_to_train(run, records)
         content["parts"] = [
             {
@@ -40,6 +41,7 @@ def write_blend(run: RunFile, records: list[Record], steps: int) -> tuple[str, s
             }
             for part, _ in found
         ]
+    if run.data.stage:
         content["stages"] = [
             {"sequences": (plan.end - plan.begin) * run.train.global_batch_size, "weights": plan.shares}
             for plan in stages(run, found, steps)

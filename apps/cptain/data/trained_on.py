@@ -99,6 +99,12 @@ def _shares(data: dict[str, Any], steps: int) -> list[tuple[int, dict[str, float
     ]
 
 
+def tokens_of_tables(run: RunFile, data: dict[str, Any]) -> dict[str, int]:
+    """The tokens to train on of each table of the mix, by its title; none where the mix has no tables."""
+    tables = [] if isinstance(run.data.mix, str) else run.data.mix
+    return {one.title: count for one, count in zip(tables, data.get("seen", {}).get("tokens", ()), strict=False)}
+
+
 def epochs_seen(data: dict[str, Any], tokens_per_step: int, steps: int) -> list[float]:
     """How often each table of the mix was seen in so many steps, from `trained_on`; none where it does not say."""
     if not (seen := data.get("seen")):

@@ -28,7 +28,8 @@ from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.rates import read_plan_log
 
 Values = dict[str, Any]
-_NOT_DRAWN = ("time", "step_seconds", "tflops_per_gpu")  # the last two say what tokens a second say
+# Names begin so: two say what tokens a second say, and the last two grow with the steps, and have a table.
+_NOT_DRAWN = ("time", "step_seconds", "tflops_per_gpu", "tokens/", "epochs/")
 _RECENT = 100  # steps whose mean says more of a loss than its last step
 _NOT_COMPARED = ("name", "work_dir", "jobs", "wandb", "output", "megatron")  # keys that change no number
 
@@ -61,7 +62,7 @@ def _counted(metrics: dict[int, Values], starts: list[Start]) -> dict[int, Value
 
 def _columns(metrics: dict[int, Values]) -> dict[str, list[Any]]:
     """The numbers that are drawn, by name, a value a step; None where a step has none that JSON can say."""
-    names = dict.fromkeys(name for values in metrics.values() for name in values if name not in _NOT_DRAWN)
+    names = dict.fromkeys(name for values in metrics.values() for name in values if not name.startswith(_NOT_DRAWN))
     return {
         name: [value if math.isfinite(value := values.get(name, math.nan)) else None for values in metrics.values()]
         for name in names
@@ -120,6 +121,26 @@ def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
         }
         for now, part in zip(so_far, found, strict=True)
     ]
+
+
+def _domains(metrics: dict[int, Values]) -> list[Values]:
+    """The ledger: what each domain of the training data was seen, and its loss."""
+    steps = [values for values in metrics.values() if "loss" in values]
+    names = [name[7:] for name in (steps[-1] if steps else {}) if name.startswith("tokens/")]
+    found = []
+    for name in names:
+        epochs = steps[-1].get(f"epochs/{name}")
+        losses = [values[key] for values in steps if (key := f"loss/{name}") in values]
+        found.append(
+            {
+                "domain": name,
+                "tokens so far": steps[-1][f"tokens/{name}"],
+                "epochs so far": None if epochs is None else round(epochs, 3),
+                "first loss": losses[0] if losses else None,
+                f"loss, mean of the last {_RECENT} steps": statistics.fmean(losses[-_RECENT:]) if losses else None,
+            }
+        )
+    return found
 
 
 def _plan(run: RunFile) -> list[Values]:
@@ -220,6 +241,7 @@ def document(run: RunFile) -> Values | None:
             "Starts of training": _starts(starts),
             "Where the time went": [{"": name, "time": time, "share": share} for name, time, share in times.lines()],
             "Data": _mix(run, steps, done),
+            "Domains": _domains(metrics),
             "As planned and as measured": _plan(run),
             "Checkpoints": _checkpoints(run, metrics),
         },

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from cptain import atomic
 from cptain.training.documents import Documents, File
+from cptain.training.ledger import numbered
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +88,12 @@ def choose(stages: list[dict[str, Any]], parts: int) -> tuple[Array, Array]:
     return np.concatenate(of_parts), np.concatenate(places)
 
 
+def numbers_of(content: dict[str, Any]) -> dict[str, int]:
+    """The number of each file's domain, from blend.json; none where the mix has no tables."""
+    parts = enumerate(content.get("parts", ()), 1)
+    return {prefix: number for number, part in parts for prefix in part["files"]}
+
+
 class Staged:
     """The run's sequences in their order, as Megatron's loader reads them.
 
@@ -126,11 +133,13 @@ def build(content: dict[str, Any], args: Any, bounds: tuple[float, float], confi
     of_part, places = choose(content["stages"], len(content["parts"]))
     counts = np.bincount(of_part, minlength=len(content["parts"])).tolist()
 
+    numbers = numbers_of(content)
+
     def streams() -> list[Any]:
         found: list[Any] = []
         for part, count in zip(content["parts"], counts, strict=True):
             pairs = [(file, file.part(bounds)) for file in map(File, part["files"])] if count else []
-            documents = Documents([pair for pair in pairs if pair[1]]) if count else None
+            documents = Documents([pair for pair in pairs if pair[1]], numbers) if count else None
             found.append(_data_set(documents, part["order"], count, args, config) if documents else None)
         return found
 
@@ -157,6 +166,9 @@ def _data_set(documents: Documents, order: str, count: int, args: Any, config: A
     class Stream(GPTDataset):  # type: ignore[misc]
         def _build_document_sample_shuffle_indices(self) -> tuple[Array, ...]:
             return tuple(np.load(file, mmap_mode="r") for file in files)
+
+        def __getitem__(self, idx: int) -> dict[str, Any]:
+            return numbered(self, idx, super().__getitem__(idx))
 
     texts = np.arange(len(documents), dtype=np.int32)
     return Stream(documents, documents.path_prefix, texts, count, Split.train, config)

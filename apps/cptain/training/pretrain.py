@@ -35,6 +35,7 @@ from cptain.megatron.unread_arguments import unread
 from cptain.training import order, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
+from cptain.training.ledger import Ledger, numbered
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
@@ -116,6 +117,9 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
     return tokens, position_ids, labels, loss_mask
 
 
+_ledger: list[Ledger] = []  # of the domains that --blend names
+
+
 def _loss(
     loss_mask: torch.Tensor, validates: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -125,6 +129,8 @@ def _loss(
     loss = torch.sum(losses * mask)
     tokens = mask.sum().to(torch.int)
     names = [one.name for one in _validation_sets] if validates else []
+    if not validates:
+        _ledger[0].add(losses.detach(), numbers)
     by_set = validation.loss_by_set(losses.detach(), numbers, names)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
 
@@ -151,12 +157,14 @@ def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
 
 
-def _blend(weighted: list[tuple[float, File]], bounds: tuple[float, float]) -> list[tuple[float, Documents]]:
+def _blend(
+    weighted: list[tuple[float, File]], bounds: tuple[float, float], numbers: dict[str, int]
+) -> list[tuple[float, Documents]]:
     """What of the files lies between two fractions of each, by weight; files without a part in it are left out."""
     blend = []
     for weight, files in same_blend(weighted):
         if parts := [(file, file.part(bounds)) for file in files if file.part(bounds)]:
-            blend.append((weight, Documents(parts)))
+            blend.append((weight, Documents(parts, numbers)))
     return blend
 
 
@@ -174,6 +182,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     args = get_args()
     weighted = [(weight, File(prefix)) for weight, prefix in _blend_content["files"]]
     built: dict[str, Documents] = {}
+    numbers = order.numbers_of(_blend_content)
 
     class Sequences(GPTDataset):  # type: ignore[misc]
         """Megatron's data set over ours."""
@@ -181,6 +190,10 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
         @staticmethod
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
+
+        def __getitem__(self, idx: int | None) -> dict[str, Any]:
+            sample: dict[str, Any] = super().__getitem__(idx)
+            return numbered(self, idx, sample) if numbers and idx is not None else sample
 
     def config(prefixes: list[str], weights: list[float] | None, place: int) -> Any:
         return GPTDatasetConfig(
@@ -214,7 +227,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
         if place == 0 and "stages" in _blend_content:
             datasets.append(order.build(_blend_content, args, bounds, config(["stages"], None, 0), _reads_data()))
             continue
-        blend = _blend(weighted, bounds)
+        blend = _blend(weighted, bounds, numbers)
         if not blend:
             if place == 0:
                 raise ValueError(f"no file is long enough to have a training part by --split {args.split}")
@@ -269,6 +282,7 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     no_tokenizer.install()
     resumed_optimizer.install()
     health.install()
+    _ledger[0].install()
     _log_every_step_by_itself()
     _set_clock()
     model_provider = functools.partial(_model_provider, z_loss=z_loss)
@@ -313,6 +327,7 @@ def main() -> None:
     words = sys.argv[len(sys.argv) - own.megatron_args :]
     health = Health(own.max_loss_spike, own.step_timeout, own.cpu)
     _blend_content.update(json.loads(own.blend.read_text(encoding="utf-8")))
+    _ledger.append(Ledger([part["name"] for part in _blend_content.get("parts", ())]))
     if own.validation_sets:
         _validation_sets.extend(validation.read_sets(own.validation_sets))
     try:
