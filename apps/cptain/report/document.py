@@ -143,6 +143,28 @@ def _domains(metrics: dict[int, Values]) -> list[Values]:
     return found
 
 
+def _validated(metrics: dict[int, Values]) -> list[Values]:
+    """What was learnt and what was forgotten: the loss of each validation set, first, lowest and last."""
+    names = dict.fromkeys(name for values in metrics.values() for name in values if name.startswith("validation_loss"))
+    found = []
+    for name in names:
+        losses = [(step, values[name]) for step, values in metrics.items() if name in values]
+        (first, begun), (lowest, least), (last, ended) = losses[0], min(losses, key=lambda one: one[1]), losses[-1]
+        found.append(
+            {
+                "set": name.removeprefix("validation_loss").removeprefix("/") or "all",
+                "first loss": begun,
+                "at step": first,
+                "lowest": least,
+                "of step": lowest,
+                "last": ended,
+                "step": last,
+                "last against first": f"{ended - begun:+.4f}",
+            }
+        )
+    return found
+
+
 def _plan(run: RunFile) -> list[Values]:
     """Time and memory of each start on GPUs, as plan.jsonl has them."""
     return [
@@ -242,6 +264,7 @@ def document(run: RunFile) -> Values | None:
             "Where the time went": [{"": name, "time": time, "share": share} for name, time, share in times.lines()],
             "Data": _mix(run, steps, done),
             "Domains": _domains(metrics),
+            "Validation": _validated(metrics),
             "As planned and as measured": _plan(run),
             "Checkpoints": _checkpoints(run, metrics),
         },

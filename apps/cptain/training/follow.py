@@ -53,7 +53,7 @@ class Follower:
         self.last: Step | None = None
         self.tail: deque[str] = deque(maxlen=400)
         self.saved = 0  # the last step that was said to be saved, by the node of rank 0
-        self._validated = 0
+        self._validated = -1
         self._domains: dict[str, tuple[int, float]] = {}
         self.stuck = False  # a step took too long, and the ranks left their stacks
 

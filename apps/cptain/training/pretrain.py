@@ -283,6 +283,8 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     resumed_optimizer.install()
     health.install()
     _ledger[0].install()
+    if _validation_sets:
+        validation.install()
     _log_every_step_by_itself()
     _set_clock()
     model_provider = functools.partial(_model_provider, z_loss=z_loss)
