@@ -233,6 +233,7 @@ def test_repeats_of_a_stage_take_the_steps_that_they_take(make_staged: RunFileMa
         ({"data__stage": [{"weight": {"new": 1}}]}, "data.stage[0]: give step or share"),
         ({"data__stage": [{"step": 4}]}, "data.stage[0]: give weight or repeat"),
         ({"data__stage": [{"step": 0, "weight": {"new": 1}}]}, "hold until the first stage: give none"),
+        ({"data__mix": [{"name": "a", "input": x, "weight": 1} for x in "xy"]}, 'mix: two tables are called "a"'),
         ({"data__mix": "tokens"}, "a stage names parts of [[data.mix]]"),
         ({"train__steps": None, "train__epochs": 1}, "train.epochs: stages see each part another number of times"),
         ({"train__script": "x.py"}, "only cptain's own training script reads stages"),
@@ -254,6 +255,10 @@ def test_stages_follow_one_another_and_count_as_epochs(make_staged: RunFileMaker
         result = cptain("train", make_staged(data__stage=bad), "--cpu", "--dry-run")
         assert result.exit_code == 2
         assert "stages must follow" in result.output
+    cyclic = make_staged(train__megatron_args=["--dataloader-type", "cyclic"])
+    result = cptain("train", cyclic, "--cpu", "--dry-run")
+    assert result.exit_code == 2
+    assert "--dataloader-type: set data.validation and data.stage" in result.output
     result = cptain("train", make_staged(data__max_epochs=1), "--cpu", "--dry-run")
     assert result.exit_code == 2
     assert "data.max_epochs = 1: new: the " in result.output

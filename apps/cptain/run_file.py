@@ -109,6 +109,9 @@ class Data(Section):
             unsaid = part.weight is None and part.repeat is None
             if (part.weight and part.repeat) or (unsaid and not self.stage):
                 raise ValueError(f"mix[{place}]: give weight or repeat")
+        names = [part.title for part in tables]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f'mix: two tables are called "{double}"')
         if self.stage:
             check_stages(self.stage, list(tables))
         if self.repeats and any(part.weight for part in tables):

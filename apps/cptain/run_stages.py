@@ -61,8 +61,6 @@ def check_stages(stages: list[Stage], parts: list[_MixPart]) -> None:
     if not parts:
         raise ValueError("stage: a stage names parts of [[data.mix]]: give such tables")
     names = [part.title for part in parts]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f'mix: two tables are called "{double}", which [[data.stage]] names: give each its name')
     for place, stage in enumerate(stages):
         if unknown := next((name for name in stage.amounts if name not in names), None):
             raise ValueError(f'stage[{place}]: no table of mix is called "{unknown}" (there: {", ".join(names)})')

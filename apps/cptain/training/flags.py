@@ -275,8 +275,8 @@ def megatron_flags(
     rows += _health_rows(run) if run.train.script is None else []
     rows += _load_rows(run, begins)
     rows += _precision_rows(run.train)
-    if run.data.validation:  # every validation is a round of the sets, in order
-        rows += [("data.validation", "--dataloader-type", "single")]
+    if run.data.validation or run.data.stage:  # a validation is a round of the sets, and a run its stages, in order
+        rows += [("data.validation and data.stage", "--dataloader-type", "single")]
     rows += _cpu_rows() if cpu else [*_gpu_rows(run, script), *_recompute_rows(layout.recompute)]
     check_megatron_args(run, rows)
     return [row[1:] for row in rows]
