@@ -8,7 +8,6 @@ Megatron takes as --data-args-path and splits at white space.
 """
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from cptain import atomic
@@ -46,14 +45,9 @@ def write_blend(run: RunFile, records: list[Record], steps: int) -> tuple[str, s
             {"sequences": (plan.end - plan.begin) * run.train.global_batch_size, "weights": plan.shares}
             for plan in stages(run, found, steps)
         ]
-    file = blend_file(run)
+    file = run.folder / "blend.json"
     atomic.write_json(file, content)
     return "--blend", str(file)
-
-
-def blend_file(run: RunFile) -> Path:
-    """Where it is."""
-    return run.folder / "blend.json"
 
 
 def _files(run: RunFile, records: list[Record]) -> list[tuple[float, str]]:
