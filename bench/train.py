@@ -117,7 +117,8 @@ class Bench:
     def lab(self, tree: str, fused: bool) -> list[str]:
         """The command of the lab's scripts, with this run's sizes, data and folders."""
         run, options = load_run(self.file), self.options
-        blend = shlex.split((run.folder / "data-args.txt").read_text())
+        files = json.loads((run.folder / "blend.json").read_text())["files"]
+        blend = [word for weight, prefix in files for word in (str(weight), prefix)]
         config = json.loads((self.folder / "model" / "config.json").read_text())
         sizes = {
             "num-layers": options.layers,

@@ -113,7 +113,7 @@ def test_the_first_lines_of_a_training_tell_what_is_seen_and_how_often(
 
 def test_what_a_run_trains_on_is_a_value_that_tells_other_data(make_run: RunFileMaker) -> None:
     run = load_run(make_run())
-    value = json.loads(json.dumps(trained_on(run, RECORDS)))
+    value = json.loads(json.dumps(trained_on(run, RECORDS, 100)))
     assert {key: value[key] for key in ("files", "documents", "tokens", "split", "mix")} == {
         "files": 3,
         "documents": 7,
@@ -121,17 +121,17 @@ def test_what_a_run_trains_on_is_a_value_that_tells_other_data(make_run: RunFile
         "split": "90,10,0",
         "mix": "tokens",
     }
-    assert other_data(value, trained_on(run, [*RECORDS, record("/d/ja/empty.jsonl", 0, 0)])) == ""
-    more = trained_on(run, [*RECORDS, record("/d/ja/d.jsonl", 1, 10_000)])
-    assert other_data(value, more) == "3 → 4 files, 7 → 8 documents, 5,000 → 15,000 tokens"
-    split = trained_on(run.model_copy(update={"data": run.data.model_copy(update={"split": "99,1,0"})}), RECORDS)
-    assert other_data(value, split) == 'data.split "90,10,0" → "99,1,0"'
-    tables = trained_on(load_run(make_run(data__mix=TABLES)), RECORDS)
-    assert other_data(value, tables) == 'data.mix "tokens" → {"/d/en/*": 3.0, "/d/ja/*": 1.0}'
+    assert other_data(value, trained_on(run, [*RECORDS, record("/d/ja/empty.jsonl", 0, 0)], 100), 4) == ""
+    more = trained_on(run, [*RECORDS, record("/d/ja/d.jsonl", 1, 10_000)], 100)
+    assert other_data(value, more, 4) == "3 → 4 files, 7 → 8 documents, 5,000 → 15,000 tokens"
+    split = trained_on(run.model_copy(update={"data": run.data.model_copy(update={"split": "99,1,0"})}), RECORDS, 100)
+    assert other_data(value, split, 4) == 'data.split "90,10,0" → "99,1,0"'
+    tables = trained_on(load(make_run(data__mix=TABLES)), RECORDS, 100)
+    assert other_data(value, tables, 4) == 'data.mix "tokens" → {"/d/en/*": 3.0, "/d/ja/*": 1.0}'
     thrice = [{**table, "weight": table["weight"] * 3} for table in TABLES]
-    assert other_data(tables, trained_on(load_run(make_run(data__mix=thrice)), RECORDS)) == ""
-    edited = trained_on(run, [replace(RECORDS[0], sha256="another"), *RECORDS[1:]])
-    assert other_data(value, edited) == "other files, or other text in them, with the same counts"
+    assert other_data(tables, trained_on(load(make_run(data__mix=thrice)), RECORDS, 100), 4) == ""
+    edited = trained_on(run, [replace(RECORDS[0], sha256="another"), *RECORDS[1:]], 100)
+    assert other_data(value, edited, 4) == "other files, or other text in them, with the same counts"
 
 
 def test_an_epoch_is_every_token_that_megatron_trains_on_and_no_validation_is_said(
@@ -169,9 +169,10 @@ def test_repeat_says_how_often_each_document_is_seen_and_so_how_long_the_run_is(
     assert (japanese.name, japanese.epochs) == ("ja", pytest.approx(12.5 * seen))
     half = load(make_run(data__mix=REPEATS, train__steps=None, train__epochs=0.5))
     assert train_steps(half, RECORDS) == 21
-    assert trained_on(run, RECORDS)["mix"] == {"/d/en/*": "2 times", "/d/ja/*": "12.5 times"}
+    assert trained_on(run, RECORDS, 100)["mix"] == {"/d/en/*": "2 times", "/d/ja/*": "12.5 times"}
     weights = [{"input": "/d/en/*", "weight": 8000}, {"input": "/d/ja/*", "weight": 12_500}]
-    assert trained_on(load(make_run(data__mix=weights)), RECORDS)["sha256"] == trained_on(run, RECORDS)["sha256"]
+    weighted = trained_on(load(make_run(data__mix=weights)), RECORDS, 100)
+    assert weighted["sha256"] == trained_on(run, RECORDS, 100)["sha256"]
     often = load(make_run(data__mix=REPEATS, train__steps=None, train__epochs=1, data__max_epochs=10))
     with pytest.raises(
         CptainError, match=r"data\.max_epochs = 10: ja: the 1,000 tokens to train on would be seen 12\.8"

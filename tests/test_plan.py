@@ -164,9 +164,10 @@ def test_jobs_submits_the_chain_that_plan_counts(swallow: list[Any], tmp_path: P
     assert f"/jobs, {chain} train jobs" in cptain("jobs", *swallow, *options).output
 
 
-def test_epochs_and_documents_are_those_of_training(ready_run: Path) -> None:
-    first = cptain("train", ready_run, "--cpu", "--dry-run").stderr.splitlines()[0]
-    document = planned(ready_run)
+def test_epochs_and_documents_are_those_of_training(make_ready_run: RunFileMaker) -> None:
+    file = make_ready_run()
+    first = cptain("train", file, "--cpu", "--dry-run").stderr.splitlines()[0]
+    document = planned(file)
     (part,) = document["data"]["parts"]
     assert first.startswith(f"train: {part['documents']:,} documents, {part['tokens']:,} tokens to train on; 8 steps")
     assert f"{part['epochs']:.3g} epochs" in first

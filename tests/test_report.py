@@ -74,7 +74,9 @@ def test_the_numbers_on_the_page_are_those_of_the_log(trained_run: Path, tmp_pat
     first_said = {int(step): float(loss) for step, loss in reversed(said)}  # Megatron evaluates once more at the end
     validated = dict(zip(columns["step"], columns["validation_loss"], strict=True))
     assert {step: loss for step, loss in validated.items() if loss} == first_said
-    finals, starts, times, data, checkpoints = tables(page)
+    finals, starts, times, data, validation, checkpoints = tables(page)
+    first, last = first_said[min(first_said)], first_said[max(first_said)]
+    assert validation[-1][-1] == f"{last - first:+.4f}"
     shown = dict(zip(finals[0], finals[1], strict=True))
     assert (shown["run"], shown["steps"], shown["tokens"]) == ("run", "8", "4,096")
     assert shown["loss"] == f"{steps[-1].loss:.6g}"

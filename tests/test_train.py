@@ -117,7 +117,7 @@ def test_files_too_small_to_be_split_and_many_of_them_train(
     assert cptain("preprocess", file, "--workers", 1).exit_code == 0
     result = cptain("train", file, "--cpu")
     assert result.exit_code == 0, result.output
-    assert len((load_run(file).folder / "data-args.txt").read_text().splitlines()) == 150
+    assert len(json.loads((load_run(file).folder / "blend.json").read_text())["files"]) == 150
 
 
 def test_many_files_read_as_one_give_what_each_gives(ready_run: Path) -> None:

@@ -53,13 +53,15 @@ def test_each_set_has_its_own_loss_in_log_and_metrics_which_is_the_models_own(
     run = load_run(file)
     metrics = read_metrics(metrics_file(run))
     assert "validation_loss/ja" not in metrics[5]
+    assert stopped.output.count("train: step 0: validation loss ") == 1  # before the first step
+    assert "train: step 0: " not in resumed.output
     found = in_megatron(_LOSSES.format(run=str(file)))
-    assert found.keys() == {"4", "8"}
+    assert found.keys() == {"0", "4", "8"}
     for step, losses in found.items():
         logged = {name: metrics[int(step)][f"validation_loss/{name}"] for name in losses}
         # Megatron trains the vocabulary's padding, which is cut off an export.
         assert logged == pytest.approx(losses, abs=5e-3)
-        assert abs(logged["ja"] - logged["part"]) > 0.05
+        assert abs(logged["ja"] - logged["part"]) > 0.05 or step == "0"
     assert f"(ja {logged['ja']:.4f}, part {logged['part']:.4f})" in resumed.output
 
 
@@ -79,9 +81,11 @@ from transformers import AutoModelForCausalLM
 run = load_run(Path({run!r}))
 tokenizer = SimpleNamespace(unique_identifiers={{}}, eod=0, pad=-1, vocab_size=500)
 found = {{}}
-for step in (4, 8):
-    export(run, step)
-    model = AutoModelForCausalLM.from_pretrained(run.hf_folder / f"iter_{{step:07d}}", dtype=torch.float32).eval()
+for step in (0, 4, 8):
+    if step:
+        export(run, step)
+    folder = run.hf_folder / f"iter_{{step:07d}}" if step else run.model.hf
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found[step] = {{}}
     for one in read_sets(run.folder / "validation-sets.json"):
         config = GPTDatasetConfig(

@@ -23,6 +23,7 @@ from pydantic import (
 from cptain import atomic
 from cptain.errors import bad_usage
 from cptain.run_model import Model
+from cptain.run_stages import Stage, check_stages
 from cptain.run_train import HOW_LONG, Train
 from cptain.run_values import AbsolutePath, Glob, SiteNameOrFile, Split, VariableName
 from cptain.toml_file import Duration, Section, read_toml, shown, table_of, validate
@@ -71,6 +72,7 @@ class Data(Section):
     key: the key of a document's text.
     mix: how files blend: "tokens" (every token once), "uniform" (every file alike), or [[data.mix]] tables.
     split: weights of train, validation and test.
+    stage: other weights of the parts of mix, from a step on.
     validation: sets of their own to validate with; all of input is then trained on.
     on_error: "fail" at the first bad line, or "skip" and keep it in a side file.
     strip: cut white space off both ends of every text, as the lab's fork of Megatron-LM does; upstream does not.
@@ -84,6 +86,7 @@ class Data(Section):
     output: AbsolutePath | None = None
     key: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "text"
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
+    stage: list[Stage] = Field(default_factory=list)
     split: Split = "970,30,0"
     validation: list[ValidationSet] = Field(default_factory=list)
     on_error: Literal["fail", "skip"] = "fail"
@@ -103,8 +106,14 @@ class Data(Section):
     def _says_one_thing_of_every_table(self) -> Self:
         tables = self.mix if isinstance(self.mix, list) else []
         for place, part in enumerate(tables):
-            if (part.weight is None) == (part.repeat is None):
+            unsaid = part.weight is None and part.repeat is None
+            if (part.weight and part.repeat) or (unsaid and not self.stage):
                 raise ValueError(f"mix[{place}]: give weight or repeat")
+        names = [part.title for part in tables]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f'mix: two tables are called "{double}"')
+        if self.stage:
+            check_stages(self.stage, list(tables))
         if self.repeats and any(part.weight for part in tables):
             raise ValueError("mix: give weight in every table, or repeat in every one")
         return self
@@ -211,7 +220,11 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _repeats_say_how_long(self) -> Self:
-        if self.data.repeats and self.train.epochs is None:
+        if self.data.stage and self.train.epochs is not None:
+            raise ValueError("train.epochs: stages see each part another number of times: give train.steps or .tokens")
+        if self.data.stage and self.train.script is not None:
+            raise ValueError("data.stage: only cptain's own training script reads stages, and not train.script")
+        if self.data.repeats and self.train.epochs is None and not self.data.stage:
             raise ValueError(
                 "data.mix: repeat says how often documents are seen in an epoch: say how long with train.epochs = 1"
             )

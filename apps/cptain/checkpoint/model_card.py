@@ -11,11 +11,13 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from cptain import __version__
+from cptain.data.trained_on import epochs_seen
 from cptain.data.vocabulary import Extension
 from cptain.history import Start, read_history, stretches
 from cptain.model.architecture import read_config
 from cptain.progress import human
 from cptain.run_file import RunFile
+from cptain.run_stages import Stage
 from cptain.run_train import Train
 
 MODEL_CARD = "README.md"
@@ -57,16 +59,29 @@ def _branched(branch: dict[str, Any] | None) -> str:
     return f"{what}step {branch['iteration']:,} of the run {Path(branch['run']).name}"
 
 
-def _mixed(mix: str | list[dict[str, Any]]) -> str:
-    """[[data.mix]] in words; a table without a name, whose glob is a path, by its place."""
-    if isinstance(mix, str):
-        return ""
-    return ", ".join(
-        f"{one.get('name') or f'part {place}'} {one['weight']:g}"
-        if one.get("weight")
-        else f"{one.get('name') or f'part {place}'} {one['repeat']:g} times"
-        for place, one in enumerate(mix, 1)
+def _part_names(mix: str | list[dict[str, Any]]) -> dict[str, str]:
+    """The names of the tables of [[data.mix]] in the card, by title; that of a glob, which is a path, is its place."""
+    tables = [] if isinstance(mix, str) else mix
+    return {one.get("name") or one["input"]: one.get("name") or f"part {place}" for place, one in enumerate(tables, 1)}
+
+
+def _amounts(weights: dict[str, float] | None, repeats: dict[str, float] | None, names: dict[str, str]) -> str:
+    told = [f"{names[title]} {weight:g}" for title, weight in (weights or {}).items()]
+    return ", ".join(told + [f"{names[title]} {often:g} times" for title, often in (repeats or {}).items()])
+
+
+def _mixed(data: dict[str, Any], steps: int) -> str:
+    """[[data.mix]] and [[data.stage]] in words."""
+    names = _part_names(data["mix"])
+    tables = dict(zip(names, data["mix"], strict=False))
+    weights, repeats = (
+        {title: one[key] for title, one in tables.items() if one.get(key)} for key in ("weight", "repeat")
     )
+    told = [_amounts(weights, repeats, names)]
+    for one in data.get("stage", ()):
+        begin = Stage.model_construct(**one).begin(steps)
+        told.append(f"from step {begin + 1:,} {_amounts(one.get('weight'), one.get('repeat'), names)}")
+    return "; ".join(filter(None, told))
 
 
 def _described(start: Start) -> dict[str, str]:
@@ -78,7 +93,7 @@ def _described(start: Start) -> dict[str, str]:
     return {
         "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens" if data else "",
         "begins with": _branched(train.get("from")),
-        "mix": _mixed(start.run["data"]["mix"]),
+        "mix": _mixed(start.run["data"], start.steps),
         "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),
         "sequence length": f"{train['seq_length']:,}",
         "global batch size": f"{train['global_batch_size']:,} sequences",
@@ -105,6 +120,9 @@ def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
     train = done[-1][0].run["train"]  # neither of the two can change in a run
     seen = step * train["global_batch_size"] * train["seq_length"]
     rows.append(("tokens seen", f"{human(seen)} ({seen:,})"))
+    names = _part_names(done[-1][0].run["data"]["mix"]).values()
+    epochs = epochs_seen(done[-1][0].data, train["global_batch_size"] * train["seq_length"], step)
+    rows.append(("epochs", ", ".join(f"{name} {often:.3g}" for name, often in zip(names, epochs, strict=False))))
     described = [(_described(start), first, end) for start, first, end in done]
     for name in described[-1][0]:
         values: list[tuple[str, int, int]] = []

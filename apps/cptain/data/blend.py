@@ -1,19 +1,12 @@
-"""How the tokenized files blend in training: the file that Megatron takes as --data-args-path.
-
-Its content is `weight prefix weight prefix …`. By file, not on the command line: 10,000 input files are more than a
-command line holds. Megatron splits the file at white space; `cptain.training.pretrain` reads it with shell quoting
-instead, which is the same for every path without white space or quotes.
-"""
+"""How the tokenized files blend in training: parts of the mix, and the weight of every file."""
 
 import fnmatch
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptain import atomic
 from cptain.data.manifest import Record
 from cptain.errors import CptainError
-from cptain.run_file import MixPart, RunFile
+from cptain.run_file import MixPart
 
 
 @dataclass(frozen=True)
@@ -22,7 +15,7 @@ class Part:
 
     Attributes:
         name: for people: the table's name or glob, or the file.
-        weight: their share, among those of all parts.
+        weight: their share, among those of all parts; 0 where only a [[data.stage]] says it.
         records: theirs.
         repeat: how often an epoch sees them.
     """
@@ -68,8 +61,7 @@ def parts(mix: str | list[MixPart], records: list[Record]) -> list[Part]:
 
 def _table(part: MixPart, records: list[Record]) -> Part:
     if part.repeat is None:
-        assert part.weight is not None
-        return Part(part.title, part.weight, records)
+        return Part(part.title, part.weight or 0.0, records)
     return Part(part.title, part.repeat * sum(record.tokens for record in records), records, part.repeat)
 
 
@@ -89,14 +81,3 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     if pattern[0] == "**":
         return any(_matches(parts[depth:], pattern[1:]) for depth in range(len(parts) + 1))
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def write_blend(run: RunFile, records: list[Record]) -> Path:
-    """Write <run>/data-args.txt and return its path."""
-    lines = [
-        f"{weight:.12g} {shlex.quote(str(run.data_folder / record.prefix))}\n"
-        for weight, record in blend(run.data.mix, records)
-    ]
-    file = run.folder / "data-args.txt"
-    atomic.write_text(file, "".join(lines))
-    return file

@@ -3,11 +3,12 @@
 The tokens to train on are counted in the training part of every file (`cptain.data.split`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cptain.data.blend import parts
 from cptain.data.manifest import Record
-from cptain.data.split import lacks_validation, training_tokens
+from cptain.data.split import lacks_validation
+from cptain.data.stages import parts_to_train, seen_by, stages
 from cptain.errors import bad_usage
 from cptain.progress import human
 from cptain.run_file import RunFile
@@ -32,25 +33,28 @@ class Exposure:
     epochs: float
 
 
-def exposures(run: RunFile, records: list[Record], steps: int) -> list[Exposure]:
-    """What a training of so many steps sees, by part of data.mix; parts without a document to train on are left out.
+def exposures(run: RunFile, records: list[Record], steps: int, until: int | None = None) -> list[Exposure]:
+    """What a training sees, by part of data.mix; parts without a document to train on are left out.
+
+    Args:
+        run: the run.
+        records: of its data.
+        steps: in all.
+        until: what its first so many steps see; default: all of them.
 
     Raises:
-        CptainError: no part has one; see also `cptain.data.blend.parts`.
+        CptainError: no part has one; see also `cptain.data.blend.parts` and `cptain.data.stages.stages`.
     """
-    seen = steps * run.train.tokens_per_step
-    counted = [
-        (part, training_tokens(run.data_folder, part.records, run.data.split)) for part in parts(run.data.mix, records)
-    ]
-    counted = [(part, tokens) for part, tokens in counted if tokens]
-    if not counted:
+    found = parts_to_train(run, records)
+    if not any(tokens for _, tokens in found):
         bad_usage(f"data.split = {run.data.split}: no file has a document in its training part: give that more")
-    weights = sum(part.weight for part, _ in counted)
-    found = []
-    for part, tokens in counted:
-        documents, share = sum(record.documents for record in part.records), part.weight / weights
-        found.append(Exposure(part.name, documents, tokens, share, seen * share / tokens))
-    return found
+    until = steps if until is None else until
+    a_step = run.train.tokens_per_step
+    return [
+        Exposure(part.name, sum(one.documents for one in part.records), tokens, seen / until, seen * a_step / tokens)
+        for (part, tokens), seen in zip(found, seen_by(stages(run, found, steps), until), strict=True)
+        if tokens
+    ]
 
 
 def check_epochs(run: RunFile, found: list[Exposure], steps: int) -> None:
@@ -100,7 +104,17 @@ def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, .
         f"trained on, {_number(part.epochs)} epochs"
         for part in found
     )
-    return first, *lines, *last
+    return first, *lines, *_stage_lines(run, records, steps), *last
+
+
+def _stage_lines(run: RunFile, records: list[Record], steps: int) -> Iterator[str]:
+    """Where each stage begins, and what it sees; none without [[data.stage]]."""
+    found = parts_to_train(run, records)
+    for plan in stages(run, found, steps) if run.data.stage else ():
+        shares = ", ".join(
+            f"{part.name} {share:.1%}" for (part, _), share in zip(found, plan.shares, strict=True) if share
+        )
+        yield f"  steps {plan.begin + 1:,} to {plan.end:,}: {shares}"
 
 
 def _counted(tokens: int) -> str:

@@ -28,7 +28,8 @@ from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.rates import read_plan_log
 
 Values = dict[str, Any]
-_NOT_DRAWN = ("time", "step_seconds", "tflops_per_gpu")  # the last two say what tokens a second say
+# Names begin so: two say what tokens a second say, and the last two grow with the steps, and have a table.
+_NOT_DRAWN = ("time", "step_seconds", "tflops_per_gpu", "tokens/", "epochs/")
 _RECENT = 100  # steps whose mean says more of a loss than its last step
 _NOT_COMPARED = ("name", "work_dir", "jobs", "wandb", "output", "megatron")  # keys that change no number
 
@@ -61,7 +62,7 @@ def _counted(metrics: dict[int, Values], starts: list[Start]) -> dict[int, Value
 
 def _columns(metrics: dict[int, Values]) -> dict[str, list[Any]]:
     """The numbers that are drawn, by name, a value a step; None where a step has none that JSON can say."""
-    names = dict.fromkeys(name for values in metrics.values() for name in values if name not in _NOT_DRAWN)
+    names = dict.fromkeys(name for values in metrics.values() for name in values if not name.startswith(_NOT_DRAWN))
     return {
         name: [value if math.isfinite(value := values.get(name, math.nan)) else None for values in metrics.values()]
         for name in names
@@ -105,7 +106,8 @@ def _starts(starts: list[Start]) -> list[Values]:
 def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
     """The parts of the mix; where the data is not to be seen from here, why."""
     try:
-        found = exposures(run, read_manifest(run.data_folder, run.data.input), steps)
+        records = read_manifest(run.data_folder, run.data.input)
+        so_far, found = exposures(run, records, steps, done), exposures(run, records, steps)
     except CptainError as error:
         return [{"not known": str(error)}]
     return [
@@ -114,11 +116,53 @@ def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
             "documents": part.documents,
             "tokens to train on": part.tokens,
             "share of training": f"{part.share:.1%}",
-            "epochs so far": round(part.epochs * done / steps, 3),
+            "epochs so far": round(now.epochs, 3),
             "epochs at the end": round(part.epochs, 3),
         }
-        for part in found
+        for now, part in zip(so_far, found, strict=True)
     ]
+
+
+def _domains(metrics: dict[int, Values]) -> list[Values]:
+    """The ledger: what each domain of the training data was seen, and its loss."""
+    steps = [values for values in metrics.values() if "loss" in values]
+    names = [name[7:] for name in (steps[-1] if steps else {}) if name.startswith("tokens/")]
+    found = []
+    for name in names:
+        epochs = steps[-1].get(f"epochs/{name}")
+        losses = [values[key] for values in steps if (key := f"loss/{name}") in values]
+        found.append(
+            {
+                "domain": name,
+                "tokens so far": steps[-1][f"tokens/{name}"],
+                "epochs so far": None if epochs is None else round(epochs, 3),
+                "first loss": losses[0] if losses else None,
+                f"loss, mean of the last {_RECENT} steps": statistics.fmean(losses[-_RECENT:]) if losses else None,
+            }
+        )
+    return found
+
+
+def _validated(metrics: dict[int, Values]) -> list[Values]:
+    """What was learnt and what was forgotten: the loss of each validation set, first, lowest and last."""
+    names = dict.fromkeys(name for values in metrics.values() for name in values if name.startswith("validation_loss"))
+    found = []
+    for name in names:
+        losses = [(step, values[name]) for step, values in metrics.items() if name in values]
+        (first, begun), (lowest, least), (last, ended) = losses[0], min(losses, key=lambda one: one[1]), losses[-1]
+        found.append(
+            {
+                "set": name.removeprefix("validation_loss").removeprefix("/") or "all",
+                "first loss": begun,
+                "at step": first,
+                "lowest": least,
+                "of step": lowest,
+                "last": ended,
+                "step": last,
+                "last against first": f"{ended - begun:+.4f}",
+            }
+        )
+    return found
 
 
 def _plan(run: RunFile) -> list[Values]:
@@ -219,6 +263,8 @@ def document(run: RunFile) -> Values | None:
             "Starts of training": _starts(starts),
             "Where the time went": [{"": name, "time": time, "share": share} for name, time, share in times.lines()],
             "Data": _mix(run, steps, done),
+            "Domains": _domains(metrics),
+            "Validation": _validated(metrics),
             "As planned and as measured": _plan(run),
             "Checkpoints": _checkpoints(run, metrics),
         },

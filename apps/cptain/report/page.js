@@ -15,7 +15,7 @@ const plots = [];
 let axis = "step", span = 1; // what x is, and how many steps a mean is of
 
 const style = name => getComputedStyle(page).getPropertyValue(name).trim();
-const title = key => TITLES[key] ?? key.replace("validation_loss/", "Validation loss: ").replaceAll("_", " ");
+const title = key => TITLES[key] ?? key.replace("validation_loss/", "Validation loss: ").replace(/^loss\//, "Loss: ").replaceAll("_", " ");
 
 function shown(value) {
   if (value == null) return "–";
@@ -24,10 +24,11 @@ function shown(value) {
   return size < 1e5 ? String(+value.toPrecision(6)) : COMPACT.format(value);
 }
 
-// The metrics there are: those with a title first, a validation loss of each set after that of all.
+// The metrics there are: those with a title first, a loss of each domain or set after that of all.
 function metrics() {
   const known = Object.keys(TITLES);
-  const order = key => known.indexOf(key) + 1 || (key.startsWith("validation_loss/") ? 2.5 : 99);
+  const order = key =>
+    known.indexOf(key) + 1 || (key.startsWith("loss/") ? 1.5 : key.startsWith("validation_loss/") ? 2.5 : 99);
   const keys = new Set(runs.flatMap(run => Object.keys(run.columns)));
   return [...keys].filter(key => key !== "step" && key !== "tokens").sort((one, other) => order(one) - order(other));
 }
@@ -46,7 +47,7 @@ function table(key) {
   return uPlot.join(runs.map(({ columns }) => {
     const at = columns.step.map((_, place) => place).filter(place => columns[key]?.[place] != null);
     const values = at.map(place => columns[key][place]);
-    return [at.map(place => columns[axis][place]), span > 1 && NOISY.includes(key) ? means(values) : values];
+    return [at.map(place => columns[axis][place]), span > 1 && NOISY.includes(key.split("/")[0]) ? means(values) : values];
   }));
 }
 

@@ -50,7 +50,8 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
         _refuse_change("train.precision", before["train"]["precision"], run.train.precision, why)
     lines = []
     after = run.model_dump(mode="json", exclude_none=True)
-    for key in _ORDER_KEYS:
+    staged = bool(run.data.stage and before["data"].get("stage"))  # what was seen stays: cptain.data.trained_on
+    for key in () if staged else _ORDER_KEYS:
         if (old := _nameless(before["data"][key])) != (new := _nameless(after["data"][key])):
             lines.append(f"data.{key}: {shown(old)} → {shown(new)}: {_ANEW}")
     if (old := before["train"].get("seed", run.train.seed)) != run.train.seed:
@@ -58,7 +59,7 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
     old, new = (_argument(_ORDER_ARG, document["train"].get("megatron_args", ())) for document in (before, after))
     if old != new:
         lines.append(f"{_ORDER_ARG}: {old or 'default'} → {new or 'default'}: {_ANEW}")
-    return lines or _other_epochs(before, run)
+    return lines or ([] if staged else _other_epochs(before, run))
 
 
 def _nameless(value: Any) -> Any:
@@ -94,7 +95,9 @@ def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
     old, new = (asked_steps(one, records)[0] for one in (earlier, run))
     if old == new:
         return []
-    parts = _parts(run, records)
+    parts = [] if run.data.stage else _parts(run, records)  # Megatron's order has become another one, as was accepted
+    if not parts:
+        return []
     old_epochs, new_epochs = ([epochs(tokens, share, run, n) for share, tokens in parts] for n in (old, new))
     if old_epochs == new_epochs:
         return []

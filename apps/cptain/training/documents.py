@@ -52,10 +52,12 @@ class Documents:
 
     Args:
         parts: files with the range of their sequences that counts.
+        numbers: of the domains of files, by prefix; 1 where it is not there.
     """
 
-    def __init__(self, parts: list[tuple[File, range]]) -> None:
+    def __init__(self, parts: list[tuple[File, range]], numbers: dict[str, int] | None = None) -> None:
         self._parts = parts
+        self._numbers = np.array([(numbers or {}).get(file.prefix, 1) for file, _ in parts])
         self._starts = np.cumsum([0, *(len(part) for _, part in parts)])
         self.sequence_lengths: npt.NDArray[np.int32] = np.concatenate(
             [file.lengths[part.start : part.stop] for file, part in parts]
@@ -66,6 +68,11 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
+
+    def numbers_of(self, sequences: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The number of each sequence's domain."""
+        found: npt.NDArray[np.int64] = self._numbers[np.searchsorted(self._starts, sequences, side="right") - 1]
+        return found
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
         """Ids of sequence `idx`: `length` of them from `offset`, or all that follow."""

@@ -177,7 +177,7 @@ def _stage_rows(layers: int, stages: int) -> list[Row]:
     ]
 
 
-def _run_rows(run: RunFile, layout: Layout, data_args: Path, steps: int) -> list[Row]:
+def _run_rows(run: RunFile, layout: Layout, steps: int) -> list[Row]:
     """What the run file says, and the defaults that hold for every run."""
     parallel, train = run.parallel, run.train
     return [
@@ -200,7 +200,6 @@ def _run_rows(run: RunFile, layout: Layout, data_args: Path, steps: int) -> list
         ("train.seed", "--seed", str(train.seed)),
         ("model.tokenizer", "--tokenizer-type", "HuggingFaceTokenizer"),
         ("model.tokenizer", "--tokenizer-model", str(model_folder(run.tokenizer))),
-        ("data.input and data.mix", "--data-args-path", str(data_args)),
         ("", "--data-cache-path", str(run.folder / "data-cache")),
         ("data.split", "--split", run.data.split),
         ("", "--no-create-attention-mask-in-dataloader"),
@@ -250,7 +249,6 @@ def megatron_flags(
     run: RunFile,
     architecture: Architecture,
     *,
-    data_args: Path,
     script: Path,
     steps: int,
     begins: "Beginning",
@@ -262,7 +260,6 @@ def megatron_flags(
     Args:
         run: the run.
         architecture: the model's.
-        data_args: the blend (`cptain.data.blend.write_blend`).
         script: the training script.
         steps: optimizer steps in all.
         begins: where the training begins.
@@ -273,13 +270,13 @@ def megatron_flags(
         CptainError: what Megatron cannot represent; what train.megatron_args may not hold.
     """
     rows: list[Row] = [("config.json", *flag) for flag in arguments.flags(architecture, run.parallel.tensor)]
-    rows += _run_rows(run, layout, data_args, steps)
+    rows += _run_rows(run, layout, steps)
     rows += _stage_rows(architecture.num_layers, layout.pipeline)
     rows += _health_rows(run) if run.train.script is None else []
     rows += _load_rows(run, begins)
     rows += _precision_rows(run.train)
-    if run.data.validation:  # every validation is a round of the sets, in order
-        rows += [("data.validation", "--dataloader-type", "single")]
+    if run.data.validation or run.data.stage:  # a validation is a round of the sets, and a run its stages, in order
+        rows += [("data.validation and data.stage", "--dataloader-type", "single")]
     rows += _cpu_rows() if cpu else [*_gpu_rows(run, script), *_recompute_rows(layout.recompute)]
     check_megatron_args(run, rows)
     return [row[1:] for row in rows]

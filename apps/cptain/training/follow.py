@@ -12,6 +12,7 @@ from pathlib import Path
 from cptain.megatron.log import Step, parse_step, parse_validation, parse_validation_sets
 from cptain.progress import Progress, human
 from cptain.training.health import SAID, STUCK
+from cptain.training.ledger import DOMAINS
 from cptain.training.metrics import Metrics
 
 _LAST_LINES = 20
@@ -52,7 +53,8 @@ class Follower:
         self.last: Step | None = None
         self.tail: deque[str] = deque(maxlen=400)
         self.saved = 0  # the last step that was said to be saved, by the node of rank 0
-        self._validated = 0
+        self._validated = -1
+        self._domains: dict[str, tuple[int, float]] = {}
         self.stuck = False  # a step took too long, and the ranks left their stacks
 
     def follow(self, output: Iterable[str]) -> None:
@@ -74,14 +76,18 @@ class Follower:
         """Take one line."""
         self.keep(line)
         self.tail.append(line.rstrip("\n"))
-        if step := parse_step(line):
+        if line.startswith(DOMAINS):  # before the line of its step, by the same rank
+            with suppress(ValueError):
+                self._domains = json.loads(line.removeprefix(DOMAINS))
+        elif step := parse_step(line):
             self.first = self.first or step
             speed = step.global_batch_size * self.seq_length / max(step.seconds, 1e-9)
             note = f"loss {step.loss:.4f}  lr {step.learning_rate:.3g}  {human(speed)} tokens/s"
             self.progress.advance(step.number - self.progress.done, note)
             self.last = step
             if self._metrics:
-                self._metrics.step(step)
+                self._metrics.step(step, self._domains)
+            self._domains = {}
         elif (validation := parse_validation(line)) and validation[0] != self._validated:
             self._validated = validation[0]  # Megatron evaluates once more after the last step
             sets = parse_validation_sets(line)

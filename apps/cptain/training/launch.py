@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cptain.checkpoint.in_use import being_read
 from cptain.data.in_use import in_use
+from cptain.data.trained_on import tokens_of_tables
 from cptain.data.validation import data_folders
 from cptain.errors import RESUMABLE, CptainError, bad_usage
 from cptain.lock import lock
@@ -171,7 +172,8 @@ def _follow_to_the_end(run: RunFile, command: Command, attempt: Attempt) -> None
         Stop().listening() as stop,
     ):
         error_file = Path(scratch) / "error.json"
-        metrics, saved = Metrics(run, progress.say), SavedCheckpoints(run.checkpoints_folder, progress.say)
+        metrics = Metrics(run, progress.say, command.start, tokens_of_tables(run, command.data))
+        saved = SavedCheckpoints(run.checkpoints_folder, progress.say)
         follower = Follower(log, progress, run.train.seq_length, metrics, saved.add)
         follower.keep(command.shown() + "\n")
         process = subprocess.Popen(

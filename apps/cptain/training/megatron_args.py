@@ -35,8 +35,8 @@ _SAID_BY = {
         --vocab-extra-ids --vocab-size --window-attn-skip-freq --window-size --yarn-*
     """,
     "data.input and data.mix": """
-        --data-path --mock-data --per-dataset-sequences-path --per-split-data-args-path --test-data-path
-        --train-data-path --valid-data-path --validation-set-names
+        --data-args-path --data-path --mock-data --per-dataset-sequences-path --per-split-data-args-path
+        --test-data-path --train-data-path --valid-data-path --validation-set-names
     """,
     "jobs.walltime and jobs.margin": "--exit-duration-in-mins",
     "model.tokenizer": """

@@ -40,18 +40,21 @@ class Metrics:
     Args:
         run: the run.
         say: prints a line for people.
+        start: steps that are done.
+        tokens: to train on of each domain, by name.
     """
 
-    def __init__(self, run: RunFile, say: Say) -> None:
-        self._run, self._say = run, say
+    def __init__(self, run: RunFile, say: Say, start: int = 0, tokens: dict[str, int] | None = None) -> None:
+        self._run, self._say, self._start, self._of_domain = run, say, start, tokens or {}
+        self._seen: dict[str, int] | None = None  # tokens of each domain so far, once it is asked for
         self._file: Any = None
         self._others = [_Other("TensorBoard", self._begin_event_file, say)]
         if run.wandb is not None:
             self._others.append(_Other("Weights & Biases", lambda _: _Wandb(run, say), say))
         self._tokens = 0
 
-    def step(self, step: Step) -> None:
-        """One optimizer step."""
+    def step(self, step: Step, domains: dict[str, tuple[int, float]] | None = None) -> None:
+        """One optimizer step; of each domain the tokens, and the sum of their losses."""
         self._tokens = step.sequences * self._run.train.seq_length
         self._take(
             step.number,
@@ -62,8 +65,33 @@ class Metrics:
                 "step_seconds": step.seconds,
                 "tokens_per_second": step.global_batch_size * self._run.train.seq_length / max(step.seconds, 1e-9),
                 "tflops_per_gpu": step.tflops,
+                **(self._ledger(domains) if domains else {}),
             },
         )
+
+    def _ledger(self, domains: dict[str, tuple[int, float]]) -> dict[str, float | None]:
+        """Loss, tokens and epochs of each domain, the last two in all; these go on from what is recorded at the step
+        that was begun from, here or by the run that this one branches off, and are left out where nothing is."""
+        if self._seen is None:
+            self._seen = self._seen_before()
+        found: dict[str, float | None] = {}
+        for name, (tokens, losses) in domains.items():
+            found[f"loss/{name}"] = losses / tokens if tokens else None
+            if self._seen is not None:
+                self._seen[name] = self._seen.get(name, 0) + tokens
+                found[f"tokens/{name}"] = self._seen[name]
+                found[f"epochs/{name}"] = self._seen[name] / of if (of := self._of_domain.get(name)) else None
+        return found
+
+    def _seen_before(self) -> dict[str, int] | None:
+        if not self._start:
+            return {}
+        folders = [self._run.folder, *([self._run.train.from_.run] if self._run.train.from_ else [])]
+        for folder in folders:
+            line = read_metrics(folder / "logs" / "metrics.jsonl").get(self._start, {})
+            if found := {name[7:]: int(line[name]) for name in line if name.startswith("tokens/")}:
+                return found
+        return None
 
     def validation(self, number: int, loss: float, sets: dict[str, float]) -> None:
         """The loss after a step: of all that is validated on, and of each set that has a name."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cptain.data.blend import write_blend
+from cptain.data.blend_file import write_blend
 from cptain.data.check import check_data
 from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
@@ -118,7 +118,7 @@ def _since_then(
         return [], []
     before = done[-1][0]
     passed: list[str] = []
-    if other := other_data(before.data, data):
+    if other := other_data(before.data, data, start):
         if "data" not in accepted:
             raise CptainError(
                 f"train: step {start} of {begins.source.parent} was trained on other data: {other}: "
@@ -162,9 +162,10 @@ def _script(run: RunFile) -> Path:
     return script
 
 
-def _own_flags(run: RunFile, cpu: bool, validation_sets: Path | None) -> list[tuple[str, ...]]:
-    """Those of cptain's training script; of them, another one gets --cpu alone."""
+def _own_flags(run: RunFile, cpu: bool, blend: tuple[str, str], validation_sets: Path | None) -> list[tuple[str, ...]]:
+    """Those of cptain's training script; of them, another one gets --cpu, and Megatron's flag for the blend."""
     flags: list[tuple[str, ...]] = [("--cpu",)] if cpu else []
+    flags += [blend]
     if run.train.script is None:
         flags += [("--max-loss-spike", repr(run.train.max_loss_spike))]
         flags += [("--step-timeout", str(seconds(run.train.step_timeout)))]
@@ -211,20 +212,19 @@ def prepare(
     steps = train_steps(run, records)
     exposure = first_lines(run, records, steps)
     sets = check_validation(run, records)
-    data = trained_on(run, records)
+    data = trained_on(run, records, steps)
     changes, passed = _since_then(run, begins, data, accepted)
     layout, why = settle(run, architecture, in_all, gpu_bytes)
     flags = megatron_flags(
         run,
         architecture,
-        data_args=write_blend(run, records),
         script=_script(run),
         steps=steps,
         begins=begins,
         layout=layout,
         cpu=gpu_bytes is None,
     )
-    own = _own_flags(run, cpu, write_validation(run, sets))
+    own = _own_flags(run, cpu, write_blend(run, records, steps), write_validation(run, sets))
     last = [*_until_deadline(), *((one,) for one in run.train.megatron_args)]
     torchrun, interface = _torchrun(nodes, processes)
     return Command(

@@ -5,8 +5,8 @@ Megatron's `pretrain` came with two interfaces: a model provider alone until 0.1
 since 0.17; `_train` knows both. What every rank needs of a batch is broadcast as one tensor, so that none of Megatron's
 own batch functions, which change from release to release, is needed.
 
-    torchrun … pretrain.py [--cpu] --max-loss-spike NATS --step-timeout SECONDS [--validation-sets FILE] [--z-loss Z]
-        --megatron-args N MEGATRON ARGUMENTS
+    torchrun … pretrain.py [--cpu] --blend FILE --max-loss-spike NATS --step-timeout SECONDS [--validation-sets FILE]
+        [--z-loss Z] --megatron-args N MEGATRON ARGUMENTS
 
 The last N words are the run file's train.megatron_args, which have yet to be looked at by the Megatron at hand.
 
@@ -18,8 +18,8 @@ import argparse
 import functools
 import inspect
 import itertools
+import json
 import os
-import shlex
 import sys
 import typing
 from collections.abc import Iterator
@@ -32,15 +32,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.unread_arguments import unread
-from cptain.training import resumed_optimizer, validation
+from cptain.training import order, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
+from cptain.training.ledger import Ledger, numbered
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
 
 Batch = dict[str, torch.Tensor]
 _validation_sets: list[validation.Named] = []  # of --validation-sets, the same on every rank
+_blend_content: dict[str, Any] = {}  # of --blend
 
 
 def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_loss: float, **more: Any) -> Any:
@@ -115,6 +117,9 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
     return tokens, position_ids, labels, loss_mask
 
 
+_ledger: list[Ledger] = []  # of the domains that --blend names
+
+
 def _loss(
     loss_mask: torch.Tensor, validates: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -124,6 +129,8 @@ def _loss(
     loss = torch.sum(losses * mask)
     tokens = mask.sum().to(torch.int)
     names = [one.name for one in _validation_sets] if validates else []
+    if not validates:
+        _ledger[0].add(losses.detach(), numbers)
     by_set = validation.loss_by_set(losses.detach(), numbers, names)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
 
@@ -150,17 +157,19 @@ def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
 
 
-def _blend(weighted: list[tuple[float, File]], bounds: tuple[float, float]) -> list[tuple[float, Documents]]:
+def _blend(
+    weighted: list[tuple[float, File]], bounds: tuple[float, float], numbers: dict[str, int]
+) -> list[tuple[float, Documents]]:
     """What of the files lies between two fractions of each, by weight; files without a part in it are left out."""
     blend = []
     for weight, files in same_blend(weighted):
         if parts := [(file, file.part(bounds)) for file in files if file.part(bounds)]:
-            blend.append((weight, Documents(parts)))
+            blend.append((weight, Documents(parts, numbers)))
     return blend
 
 
 def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
-    """Train, validation and test datasets, from the blend that --data-args-path names.
+    """Train, validation and test datasets, from the blend that --blend names (`cptain.data.blend_file`).
 
     Every file is cut as --split says, and each split is built from the files that have a part in it: Megatron alone
     never returns from a file so small that its part is empty.
@@ -171,9 +180,9 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     from megatron.training.global_vars import get_tokenizer
 
     args = get_args()
-    words = shlex.split(Path(args.data_args_path).read_text(encoding="utf-8"))
-    weighted = [(float(weight), File(prefix)) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+    weighted = [(weight, File(prefix)) for weight, prefix in _blend_content["files"]]
     built: dict[str, Documents] = {}
+    numbers = order.numbers_of(_blend_content)
 
     class Sequences(GPTDataset):  # type: ignore[misc]
         """Megatron's data set over ours."""
@@ -182,13 +191,15 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
 
-    def sequences(parts: list[Documents], weights: list[float] | None, place: int, counts: Any) -> Any:
-        """So many sequences of a blend, as the `place`-th of Megatron's three data sets."""
-        built.update({documents.path_prefix: documents for documents in parts})
-        config = GPTDatasetConfig(
+        def __getitem__(self, idx: int | None) -> dict[str, Any]:
+            sample: dict[str, Any] = super().__getitem__(idx)
+            return numbered(self, idx, sample) if numbers and idx is not None else sample
+
+    def config(prefixes: list[str], weights: list[float] | None, place: int) -> Any:
+        return GPTDatasetConfig(
             random_seed=args.seed,
             sequence_length=args.seq_length,
-            blend=([documents.path_prefix for documents in parts], weights),
+            blend=(prefixes, weights),
             split=",".join("1" if split == place else "0" for split in range(3)),
             path_to_cache=args.data_cache_path,
             tokenizer=get_tokenizer(),
@@ -197,7 +208,12 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=False,
         )
-        return BlendedMegatronDatasetBuilder(Sequences, counts, _reads_data, config).build()[place]
+
+    def sequences(parts: list[Documents], weights: list[float] | None, place: int, counts: Any) -> Any:
+        """So many sequences of a blend, as the `place`-th of Megatron's three data sets."""
+        built.update({documents.path_prefix: documents for documents in parts})
+        blend = config([documents.path_prefix for documents in parts], weights, place)
+        return BlendedMegatronDatasetBuilder(Sequences, counts, _reads_data, blend).build()[place]
 
     datasets: list[Any] = []
     ends = list(itertools.accumulate((float(part) for part in args.split.split(",")), initial=0.0))
@@ -207,7 +223,11 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
                 validation.build(_validation_sets, args, lambda one, count: sequences([one], None, 1, [count] * 3))
             )
             continue
-        blend = _blend(weighted, (ends[place] / ends[3], ends[place + 1] / ends[3]))
+        bounds = (ends[place] / ends[3], ends[place + 1] / ends[3])
+        if place == 0 and "stages" in _blend_content:
+            datasets.append(order.build(_blend_content, args, bounds, config(["stages"], None, 0), _reads_data()))
+            continue
+        blend = _blend(weighted, bounds, numbers)
         if not blend:
             if place == 0:
                 raise ValueError(f"no file is long enough to have a training part by --split {args.split}")
@@ -262,6 +282,9 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     no_tokenizer.install()
     resumed_optimizer.install()
     health.install()
+    _ledger[0].install()
+    if _validation_sets:
+        validation.install()
     _log_every_step_by_itself()
     _set_clock()
     model_provider = functools.partial(_model_provider, z_loss=z_loss)
@@ -296,6 +319,7 @@ def main() -> None:
     """Train; where Megatron calls sys.exit, look at whether it had a right to."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--blend", type=Path, required=True)
     parser.add_argument("--max-loss-spike", type=float, required=True)
     parser.add_argument("--step-timeout", type=float, required=True)
     parser.add_argument("--megatron-args", type=int, required=True)
@@ -304,6 +328,8 @@ def main() -> None:
     own, sys.argv[1:] = parser.parse_known_args()
     words = sys.argv[len(sys.argv) - own.megatron_args :]
     health = Health(own.max_loss_spike, own.step_timeout, own.cpu)
+    _blend_content.update(json.loads(own.blend.read_text(encoding="utf-8")))
+    _ledger.append(Ledger([part["name"] for part in _blend_content.get("parts", ())]))
     if own.validation_sets:
         _validation_sets.extend(validation.read_sets(own.validation_sets))
     try:

@@ -90,8 +90,34 @@ def build(sets: list[Named], args: Any, sequences_of: Callable[[Documents, int],
     args.eval_iters = whole // batch
     if any(one is None for one in built):
         return None
-    rounds = args.train_iters // args.eval_interval + 2  # one more after the last step, and one begun
+    rounds = args.train_iters // args.eval_interval + 3  # one before the first step and after the last, and one begun
     return Rounds(built, counts, batch, args.consumed_valid_samples + rounds * whole)
+
+
+def install() -> None:
+    """Validate before the first step of a run too, after Megatron's import and before training: what a set's loss was
+    shows what was forgotten since. Megatron's own loop begins with a step."""
+    from megatron.training import get_args, training
+
+    train = training.train
+
+    def begun(
+        step: Any, model: Any, optimizer: Any, schedule: Any, train_data: Any, data: Any, *more: Any, **named: Any
+    ) -> Any:
+        args = get_args()
+        if args.iteration == 0 and args.do_valid:
+            # As Megatron does around each validation; every rank has just loaded its weights, and waits for none.
+            overlaps = training.should_disable_forward_pre_hook(args)
+            if overlaps:
+                training.disable_forward_pre_hook(model, param_sync=False)
+            process, config = more[:2]
+            groups = {name: named[name] for name in ("p2p_communicator", "pg_collection") if name in named}  # from 0.19
+            training.evaluate_and_print_results("iteration 0", step, data, model, 0, process, config, **groups)
+            if overlaps:
+                training.enable_forward_pre_hook(model)
+        return train(step, model, optimizer, schedule, train_data, data, *more, **named)
+
+    training.train = begun
 
 
 def loss_by_set(losses: torch.Tensor, numbers: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
