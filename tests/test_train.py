@@ -267,7 +267,7 @@ def test_data_or_a_checkpoint_made_from_something_else_is_refused(
 ) -> None:
     result = cptain("train", make_ready_run(data__input=[f"{tmp_path}/*.jsonl"]), "--cpu")
     assert result.exit_code == 1
-    assert "manifest.json: made from data.input = [" in last_line(result)
+    assert "manifest.json: made from data.input and data.tokenized = [" in last_line(result)
     shutil.copytree(model, tmp_path / "other")
     config = json.loads((model / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))

@@ -123,7 +123,7 @@ def iterations(run: RunFile, which: int | str) -> list[int | None]:
 
 
 def _final_iteration(run: RunFile) -> int:
-    steps = train_steps(run, read_manifest(run.data_folder, run.data.input))
+    steps = train_steps(run, read_manifest(run.data_folder, run.data.sources))
     saved = read_tracker(run.checkpoints_folder)
     if saved != steps:
         raise CptainError(

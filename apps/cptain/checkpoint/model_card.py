@@ -57,6 +57,10 @@ def _branched(branch: dict[str, Any] | None) -> str:
     return f"{what}step {branch['iteration']:,} of the run {Path(branch['run']).name}"
 
 
+def _tokenized(data: dict[str, Any]) -> str:
+    return f", {human(data['tokenized'])} of them tokenized by others" if data.get("tokenized") else ""
+
+
 def _mixed(mix: str | list[dict[str, Any]]) -> str:
     """[[data.mix]] in words; a table without a name, whose glob is a path, by its place."""
     if isinstance(mix, str):
@@ -76,7 +80,7 @@ def _described(start: Start) -> dict[str, str]:
     arguments = " ".join(f"`{'…' if '/' in word else word}`" for word in train["megatron_args"])
     sizes = ", ".join(f"{kind} {layout[kind]}" for kind in ("tensor", "pipeline", "context"))
     return {
-        "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens" if data else "",
+        "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens{_tokenized(data)}" if data else "",
         "begins with": _branched(train.get("from")),
         "mix": _mixed(start.run["data"]["mix"]),
         "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),

@@ -60,6 +60,8 @@ def input_files(patterns: list[str]) -> dict[str, Path]:
         CptainError: a glob that matches nothing, a match that is no file, or two files with one name for their pairs.
         OSError: a folder that cannot be listed.
     """
+    if not patterns:
+        return {}
     matched: dict[Path, None] = {}
     for pattern in patterns:
         _every_folder_opens(pattern)

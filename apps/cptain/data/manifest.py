@@ -27,8 +27,8 @@ class Record:
     """One input file and the pair made of it.
 
     Attributes:
-        input: the input file.
-        prefix: the pair's path under the data folder, without .bin and .idx.
+        input: the input file; of a pair of data.tokenized, its path without .bin and .idx.
+        prefix: the pair's path under the data folder, without .bin and .idx; of one of data.tokenized, where it is.
         bytes: size of the input file.
         mtime_ns: modification time of the input file, nanoseconds since the epoch.
         fingerprint: of what is in it, see `fingerprint`.
@@ -42,6 +42,7 @@ class Record:
         blank: lines of white space.
         bin_bytes: size of the .bin file.
         idx_bytes: size of the .idx file.
+        without_eod: documents of data.tokenized that do not end with the tokenizer's end-of-document token.
     """
 
     input: str
@@ -59,11 +60,17 @@ class Record:
     blank: int = 0
     bin_bytes: int = 0
     idx_bytes: int = 0
+    without_eod: int = 0
 
     def same_input(self, other: "Record") -> bool:
         """Whether both describe the same work: all that is known before it is done."""
         before = [one.name for one in fields(self) if one.default is MISSING]
         return all(getattr(self, name) == getattr(other, name) for name in before)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether it is a pair of data.tokenized, which lies where it was found."""
+        return self.prefix.startswith("/")
 
     @property
     def name(self) -> str:
@@ -149,7 +156,8 @@ def read_records(data_folder: Path) -> list[Record]:
 
 
 def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]) -> None:
-    """Write manifest.json with its totals, for the globs of data.input, and a line a record; they have one recipe."""
+    """Write manifest.json with its totals, for the globs of data.input and data.tokenized, and a line a record;
+    they have one recipe."""
     totals = {
         key: sum(getattr(record, key) for record in records)
         for key in ("documents", "tokens", "text_bytes", "lines", "skipped", "blank")
@@ -176,7 +184,10 @@ def read_manifest(data_folder: Path, patterns: list[str]) -> list[Record]:
         if "recipe" not in content:
             raise CptainError(f"{file}: written by an earlier version of cptain: run preprocess again")
         if content["input"] != patterns:
-            raise CptainError(f"{file}: made from data.input = {json.dumps(content['input'])}: run preprocess again")
+            raise CptainError(
+                f"{file}: made from data.input and data.tokenized = {json.dumps(content['input'])}: run preprocess "
+                "again"
+            )
         recipe = Recipe(**content["recipe"])
         records = [Record(**record, recipe=recipe) for record in content["records"]]
         if not records:

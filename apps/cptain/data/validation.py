@@ -36,6 +36,7 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
                 "data": run.data.model_copy(
                     update={
                         "input": [one.input],
+                        "tokenized": [],
                         "output": run.data_folder / _FOLDER / one.name,
                         "mix": "tokens",
                         "validation": [],
@@ -103,8 +104,8 @@ def _left_out(one: RunFile, records: list[Record], of_set: list[Record]) -> dict
 def _leave_out(run: RunFile, name: str, one: RunFile) -> None:
     """Once the data and the set are made: find what is in both."""
     try:
-        records = read_manifest(run.data_folder, run.data.input)
-        of_set = read_manifest(one.data_folder, one.data.input)
+        records = read_manifest(run.data_folder, run.data.sources)
+        of_set = read_manifest(one.data_folder, one.data.sources)
     except CptainError:
         return  # another part of the work is not done, or texts were counted alone
     found = _left_out(one, records, of_set)

@@ -105,7 +105,7 @@ def _starts(starts: list[Start]) -> list[Values]:
 def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
     """The parts of the mix; where the data is not to be seen from here, why."""
     try:
-        found = exposures(run, read_manifest(run.data_folder, run.data.input), steps)
+        found = exposures(run, read_manifest(run.data_folder, run.data.sources), steps)
     except CptainError as error:
         return [{"not known": str(error)}]
     return [
