@@ -298,6 +298,30 @@ def verify(a: Path, b: Path | None, logits: bool, sample: bool, workers: int | N
     compare(a, b, logits, _threads(workers), sample)
 
 
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="MODEL[=WEIGHT]...")
+@click.option(
+    "--shard-size",
+    type=Bytes(),
+    default="5GB",
+    show_default=True,
+    help="No file of weights grows over this, unless by a single tensor.",
+)
+@_workers_option
+@click.option("--force", is_flag=True, help="Replace a model that is there.")
+def merge(out: Path, models: tuple[str, ...], shard_size: int, workers: int | None, force: bool) -> None:
+    """Average models of one shape into a Hugging Face model, on the CPU.
+
+    Each MODEL is the folder of a Hugging Face model, or of a checkpoint of a run (RUN/checkpoints/iter_NNNNNNN). Its
+    weight is 1 unless given; weights are divided by their sum.
+    """
+    from cptain.checkpoint.merge import merge as merge_models
+    from cptain.checkpoint.merge import read_weight
+
+    merge_models(out, [read_weight(model) for model in models], _threads(workers), force, shard_size)
+
+
 main.add_command(plan_command)
 
 
