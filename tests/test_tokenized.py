@@ -128,6 +128,8 @@ def test_what_is_no_pair_or_one_pair_twice_is_refused_by_name(
     from cptain.errors import CptainError
 
     lab = tmp_path / "lab"
+    deep = {lab / "a_text_document", lab / "sub" / "a_text_document", lab / "sub" / "deeper" / "b_text_document"}
+    assert set(find_pairs([f"{lab}/**"])) == set(find_pairs([f"{lab}/**/*"])) == deep
     (lab / "b.bin").symlink_to(lab / "a_text_document.bin")
     for patterns, reason in (
         (["nothing/*"], "nothing/* matches no .bin and .idx file"),

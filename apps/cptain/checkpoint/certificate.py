@@ -22,7 +22,7 @@ from cptain.checkpoint.legacy import LegacyReader, open_megatron
 from cptain.checkpoint.model_card import MODEL_CARD
 from cptain.checkpoint.saved_files import RECORD, checksums_of, compare_record
 from cptain.checkpoint.torch_dist import TorchDistReader
-from cptain.errors import CptainError, bad_usage, one_line
+from cptain.errors import CptainError, bad_usage
 from cptain.progress import Progress
 
 FILE = "verify.json"
@@ -132,13 +132,12 @@ def has_certificate(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """What verify.json holds; nothing where it is missing or damaged."""
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CptainError(f"{folder / FILE}: cannot be read: {one_line(error)}") from error
 
 
 def record_comparison(folder: Path, record: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from cptain.progress import Progress, human
 from cptain.run_file import CHECKPOINTS, load_run
 
 
+_Tensor = tuple[Shape, torch.dtype, Fill]
+
+
 @dataclass(frozen=True)
 class _Model:
     """A model to merge.
@@ -48,17 +52,17 @@ class _Model:
         beside: a folder with config.json and what else stands beside the weights.
         carried: those of its files that the merged model has too, config.json aside.
         licence: the folder whose card says the licence.
-        source: see `cptain.checkpoint.certificate`.
+        source: hashes its files; see `cptain.checkpoint.certificate`.
         check: to be called once all was read.
     """
 
     folder: Path
     weight: float
-    tensors: dict[str, tuple[Shape, torch.dtype, Fill]]
+    tensors: dict[str, _Tensor]
     beside: Path
     carried: list[Path]
     licence: Path
-    source: dict[str, Any]
+    source: Callable[[], dict[str, Any]]
     check: Callable[[int], None]
 
 
@@ -84,9 +88,11 @@ def read_weight(text: str) -> tuple[Path, float]:
 def _opened(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
     if (folder / "config.json").is_file():
         with SafetensorsReader(folder) as reader:
-            tensors = {name: (reader.shape(name), reader.dtype(name), _rows(reader, name)) for name in reader.names()}
+            tensors = {
+                name: (reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in reader.names()
+            }
             carried = carried_files(folder, folder)
-            source = model_source("merged model", folder, workers)
+            source = partial(model_source, "merged model", folder, workers)
             yield _Model(folder, weight, tensors, folder, carried, folder, source, reader.check_members)
     elif (folder / ".metadata").is_file() or is_legacy(folder):
         with _checkpoint(folder, weight, workers) as model:
@@ -94,10 +100,6 @@ def _opened(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
     else:
         what = "neither a Hugging Face model (config.json) nor a checkpoint (.metadata)"
         raise CptainError(f"merge: {folder}: {what if folder.is_dir() else 'no such folder'}")
-
-
-def _rows(reader: SafetensorsReader, name: str) -> Fill:
-    return lambda first, stop, buffer: reader.read(name, first, stop, buffer)
 
 
 @contextmanager
@@ -123,7 +125,7 @@ def _checkpoint(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
         dtype = next(iter(tensors.values()))[1]
         (beside / "config.json").write_text(config_json(base, dtype, architecture.vocab_size), encoding="utf-8")
         carried = [Path(shutil.copy(file, beside)) for file in carried_files(base, check_tokenizer(run))]
-        source = checkpoint_source("merged checkpoint", reader, workers)
+        source = partial(checkpoint_source, "merged checkpoint", reader, workers)
         yield _Model(folder, weight, tensors, beside, carried, base, source, reader.check_members)
 
 
@@ -199,6 +201,7 @@ def merge(target: Path, named: list[tuple[Path, float]], workers: int, force: bo
     Raises:
         CptainError: a model that cannot be read, or is unlike the first; another model under that name.
     """
+    torch.set_num_threads(1)  # each of our own takes other rows
     target = target.absolute()
     _check_target(target, [folder for folder, _ in named])
     with ExitStack() as stack:
@@ -224,16 +227,16 @@ def merge(target: Path, named: list[tuple[Path, float]], workers: int, force: bo
 
 
 def _write(target: Path, models: list[_Model], writer: SafetensorsWriter, config: str, workers: int) -> None:
-    made_of = [{**model.source, "weight": model.weight} for model in models]
-    rows = [(model.folder, model.weight, digest_of(model.source)) for model in models]
-    with Progress("merge", writer.bytes, "B") as progress, atomic_folder(target) as partial:
-        write_files(partial, writer.files, workers, progress.advance)
+    made_of = [{**model.source(), "weight": model.weight} for model in models]
+    rows = [(model.folder, model.weight, digest_of(one)) for model, one in zip(models, made_of, strict=True)]
+    with Progress("merge", writer.bytes, "B") as progress, atomic_folder(target) as made:
+        write_files(made, writer.files, workers, progress.advance)
         for model in models:
             model.check(workers)
-        writer.finish(partial)
+        writer.finish(made)
         for file in models[0].carried:
-            shutil.copyfile(file, partial / file.name)
-        (partial / "config.json").write_text(config, encoding="utf-8")
-        (partial / MODEL_CARD).write_text(merged_card(target.name, models[0].licence, rows), encoding="utf-8")
+            shutil.copyfile(file, made / file.name)
+        (made / "config.json").write_text(config, encoding="utf-8")
+        (made / MODEL_CARD).write_text(merged_card(target.name, models[0].licence, rows), encoding="utf-8")
         how = "tensors, shapes, dtypes, config.json, generation_config.json and tokenizer of all models; finite values"
-        write_certificate(partial, target, "merge", how, made_of, workers)
+        write_certificate(made, target, "merge", how, made_of, workers)

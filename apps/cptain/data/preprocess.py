@@ -336,7 +336,8 @@ def _finish(run: RunFile, done: list[Record], left: int) -> None:
         if not record.documents:
             print(f"preprocess: {record.input}: no document in it", file=sys.stderr)
     if not any(record.tokens for record in done):
-        raise CptainError("data.input: no document in any file: there is nothing to train on")
+        key = "data.input" if run.data.input else "data.tokenized"
+        raise CptainError(f"{key}: no document in any file: there is nothing to train on")
     write_manifest(run.data_folder, done, run.data.sources)
     if left:
         print(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from cptain import atomic
 from cptain.data.indexed_dataset import MAGIC
+from cptain.data.inputs import every_folder_opens
 from cptain.data.manifest import Record, fingerprint
 from cptain.data.many_files import answers
 from cptain.data.recipe import Recipe, recipe
@@ -42,9 +43,13 @@ def find_pairs(patterns: list[str]) -> list[Path]:
 
     Raises:
         CptainError: a pattern that matches none, a file of a pair without the other, or one pair under two names.
+        OSError: a folder that cannot be listed.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
+        every_folder_opens(pattern)
+        if Path(pattern).name == "**":  # what glob takes for a * where a suffix follows
+            pattern += "/*"
         ends = {end: glob.glob(f"{pattern}{end}", recursive=True) for end in (".bin", ".idx")}
         pairs = sorted({Path(file.removesuffix(end)) for end, files in ends.items() for file in files})
         if not pairs:
@@ -53,6 +58,10 @@ def find_pairs(patterns: list[str]) -> list[Path]:
         found.update(dict.fromkeys(pairs))
     real: dict[str, Path] = {}
     for pair in sorted(found):
+        try:
+            str(pair).encode()
+        except UnicodeEncodeError:
+            raise CptainError(f"{_KEY}: {os.fsencode(pair)!r}: a name that is not UTF-8: rename it") from None
         for end, other in ((".bin", ".idx"), (".idx", ".bin")):
             if not Path(f"{pair}{end}").is_file():
                 raise CptainError(f"{_KEY}: {pair}{end}: no such file, and {pair.name}{other} belongs to it")
