@@ -37,7 +37,6 @@ from cptain.model.architecture import model_folder
 from cptain.progress import Progress, human
 from cptain.run_file import CHECKPOINTS, load_run
 
-
 _Tensor = tuple[Shape, torch.dtype, Fill]
 
 
@@ -88,7 +87,7 @@ def read_weight(text: str) -> tuple[Path, float]:
 def _opened(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
     if (folder / "config.json").is_file():
         with SafetensorsReader(folder) as reader:
-            tensors = {
+            tensors: dict[str, _Tensor] = {
                 name: (reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in reader.names()
             }
             carried = carried_files(folder, folder)
