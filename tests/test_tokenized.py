@@ -12,6 +12,7 @@ import pytest
 from conftest import RunFileMaker, cptain, write_jsonl
 from cptain.data.manifest import read_manifest
 from cptain.data.tokenized import find_pairs
+from cptain.data.validation import data_folders
 from cptain.run_file import load_run
 from cptain.training.metrics import metrics_file, read_metrics
 
@@ -71,7 +72,9 @@ def test_pairs_and_text_blend_by_their_tables_and_what_is_checked_is_not_read_ag
     parts = [cptain("preprocess", file, "--shard", f"{number}/2") for number in (1, 2)]
     assert [one.exit_code for one in parts] == [0, 0], parts[1].output
     again = cptain("preprocess", file)
-    assert "check tokenized" not in again.output
+    assert "preprocess: 3 of 3 pairs are checked and unchanged" in again.output
+    (tmp_path / "lab" / ".records").mkdir()  # as the data folder of another run has it
+    assert data_folders(load_run(file)) == [load_run(file).data_folder, tmp_path / "lab"]
     assert "preprocess: 4 files, " in again.output
     dry = cptain("train", file, "--cpu", "--dry-run")
     assert dry.exit_code == 0, dry.output

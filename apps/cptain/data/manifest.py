@@ -20,6 +20,7 @@ from cptain.data.recipe import Recipe
 from cptain.errors import CptainError, one_line
 
 FILE_NAME = "manifest.json"
+RECORDS = ".records"  # of a data folder
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ def fingerprint(file: Path, size: int) -> str:
 
 
 def _record_file(data_folder: Path, prefix: str) -> Path:
-    return data_folder / ".records" / f"{prefix}.json"
+    return data_folder / RECORDS / f"{prefix}.json"
 
 
 def lock_file(data_folder: Path, prefix: str) -> Path:
     """The lock of the pair `prefix`."""
-    return data_folder / ".records" / f"{prefix}.lock"
+    return data_folder / RECORDS / f"{prefix}.lock"
 
 
 def remove_record(data_folder: Path, prefix: str) -> None:
@@ -150,7 +151,7 @@ def read_record(data_folder: Path, prefix: str) -> Record | None:
 
 def read_records(data_folder: Path) -> list[Record]:
     """The records of every file that is done, those that data.input no longer names among them."""
-    folder = data_folder / ".records"
+    folder = data_folder / RECORDS
     prefixes = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.json"))
     return [record for record in answers(partial(read_record, data_folder), prefixes) if record]
 

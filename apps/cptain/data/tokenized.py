@@ -24,7 +24,7 @@ import numpy.typing as npt
 from cptain import atomic
 from cptain.data.indexed_dataset import MAGIC
 from cptain.data.inputs import every_folder_opens
-from cptain.data.manifest import Record, fingerprint
+from cptain.data.manifest import RECORDS, Record, fingerprint
 from cptain.data.many_files import answers
 from cptain.data.recipe import Recipe, recipe
 from cptain.data.split import DTYPES, HEADER, HEADER_BYTES
@@ -68,6 +68,13 @@ def find_pairs(patterns: list[str]) -> list[Path]:
         if (first := real.setdefault(os.path.realpath(f"{pair}.bin"), pair)) != pair:
             raise CptainError(f"{_KEY}: {first} and {pair} are one pair: take one name away")
     return sorted(found)
+
+
+def folders_of_pairs(run: RunFile) -> list[Path]:
+    """The data folders of other runs that pairs of a run lie in, whose own preprocess may make them anew."""
+    parents = {pair.parent for pair in find_pairs(run.data.tokenized)}
+    above = {folder for parent in parents for folder in (parent, *parent.parents)}
+    return sorted(folder for folder in above if (folder / RECORDS).is_dir())
 
 
 def pair_fingerprint(pair: Path) -> str:
@@ -159,6 +166,8 @@ def check_pairs(
         CptainError: a pair that cannot be trained on with this tokenizer; names file and reason.
     """
     known = {pair.record.prefix: None if force else pair.done() for pair in pairs}
+    if unchanged := sum(record is not None for record in known.values()):
+        print(f"preprocess: {unchanged} of {len(pairs)} pairs are checked and unchanged", file=sys.stderr)
     todo = [pair for pair in pairs if whole or known[pair.record.prefix] is None]
     if not todo:
         return [record for record in known.values() if record], 0

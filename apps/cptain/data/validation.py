@@ -21,6 +21,7 @@ from cptain.data.manifest import Record, read_manifest
 from cptain.data.overlap import texts_in_both
 from cptain.data.preprocess import preprocess
 from cptain.data.split import read_lengths
+from cptain.data.tokenized import folders_of_pairs
 from cptain.errors import CptainError, bad_usage
 from cptain.run_file import RunFile
 
@@ -50,7 +51,7 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
 
 def data_folders(run: RunFile) -> list[Path]:
     """The folders that a training of the run reads tokens from."""
-    return [run.data_folder, *(one.data_folder for one in set_runs(run).values())]
+    return [run.data_folder, *folders_of_pairs(run), *(one.data_folder for one in set_runs(run).values())]
 
 
 def preprocess_all(run: RunFile, *arguments: Any) -> bool:
