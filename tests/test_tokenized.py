@@ -1,5 +1,6 @@
 """data.tokenized: pairs that are there already are checked, counted and trained on as they lie."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RunFileMaker, cptain, write_jsonl
+from cptain.data import tokenized
 from cptain.data.manifest import read_manifest
 from cptain.data.tokenized import find_pairs
+from cptain.data.tokenizer import TokenizerFacts
 from cptain.data.validation import data_folders
 from cptain.run_file import load_run
 from cptain.training.metrics import metrics_file, read_metrics
@@ -147,3 +150,22 @@ def test_what_is_no_pair_or_one_pair_twice_is_refused_by_name(
         find_pairs([f"{lab}/*"])
     file = make_tokenized_run(data__tokenized=["lab/a_text_document"], data__output=str(lab))
     assert "where preprocess writes: move it elsewhere" in _last("preprocess", file)
+
+
+def test_a_scan_in_pieces_finds_what_one_of_the_whole_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.array([5, 6, 9, 7, 9, 8, 1, 1, 1, 9], np.int32)
+    ends = np.array([3, 5, 6, 10])  # the third document ends without the 9
+
+    def scan(size: int) -> tuple[str, int, int, int]:
+        ids.tofile(tmp_path / "x.bin")
+        facts = TokenizerFacts("", eos=9, length=size, size=size, split_special_tokens=False, tokenizer=None)
+        digest, *found = tokenized._scan(str(tmp_path / "x.bin"), ids.dtype, ends, facts, lambda count: None)
+        return digest.hexdigest(), *found
+
+    for piece in (4, 8, 12, 16, 1 << 20):
+        monkeypatch.setattr(tokenized, "_AT_ONCE", piece)
+        ids[0] = 5
+        assert scan(10) == (hashlib.sha256(ids.tobytes()).hexdigest(), 1, 0, 0)
+        assert scan(8)[1:] == (1, 4, 9)
+        ids[0] = -3
+        assert scan(10)[1:] == (1, 1, -3)
