@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -105,7 +104,7 @@ def digest_of(source: dict[str, Any]) -> str:
 def write_certificate(
     partial: Path, target: Path, by: str, checked: str, sources: list[dict[str, Any]], workers: int
 ) -> None:
-    """Write the certificate of a model whose files are complete.
+    """Write the certificate of a model whose files are complete. It has no date: an export is the same bytes each time.
 
     Args:
         partial: the folder that they are in.
@@ -117,7 +116,6 @@ def write_certificate(
     """
     certificate = {
         "cptain": __version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "by": by,
         "checked": checked,
         "made_of": [{**one, "folder": os.path.relpath(one["folder"], target)} for one in sources],
