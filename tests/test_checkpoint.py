@@ -45,7 +45,7 @@ def test_convert_then_export_gives_every_tensor_back_bit_for_bit(
     result = cptain("verify", model, exported)
     assert result.exit_code == 0
     assert "21 of 21 tensors bit-equal" in result.output
-    assert not (exported / "verify.json").exists()
+    assert "equal" not in json.loads((exported / "verify.json").read_text())
     assert cptain("verify", exported, load_run(file).checkpoints_folder).exit_code == 0
     original, returned = load_file(model / "model.safetensors"), load_file(exported / "model.safetensors")
     assert original.keys() == returned.keys()

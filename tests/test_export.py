@@ -210,7 +210,7 @@ def test_nothing_of_the_base_comes_along_that_is_secret_or_of_its_own_weights(
         (base / name).write_text(name)
     folder = export(file, "--set", f"model.hf='{base}'")
     assert {path.name for path in folder.iterdir()} == {
-        *({path.name for path in model.iterdir()} | {"README.md", "model.safetensors.index.json"})
+        *({path.name for path in model.iterdir()} | {"README.md", "model.safetensors.index.json", "verify.json"})
     }
     (folder / "tokenizer.json").unlink()
     (folder / "README.md").write_text("edited")

@@ -109,7 +109,7 @@ def test_every_sample_that_is_read_is_as_the_stages_say_over_a_resume_and_a_chan
         told = {name: metrics[step].get(f"tokens/{name}") for name in ("en", "ja", "new")}
         assert told == {name: until[name] * _SEQ for name in told}
         _sums_are_megatrons(metrics, step)
-    records = read_manifest(run.data_folder, run.data.input)
+    records = read_manifest(run.data_folder, run.data.sources)
     counted = exposures(run, records, 12)
     for part in counted:
         assert metrics[12][f"epochs/{part.name}"] == pytest.approx(part.epochs, abs=_SEQ / part.tokens)
@@ -144,7 +144,7 @@ def test_domains_that_megatron_reads_as_one_data_set_are_told_apart(make_staged:
     last = max(metrics)
     for step in range(1, last + 1):
         _sums_are_megatrons(metrics, step)
-    parts = parts_to_train(run, read_manifest(run.data_folder, run.data.input))
+    parts = parts_to_train(run, read_manifest(run.data_folder, run.data.sources))
     for part, tokens in parts:  # an epoch of a blend is whole steps, and sequences that no document ends with
         assert metrics[last][f"tokens/{part.name}"] == pytest.approx(tokens, abs=2 * _STEP)
     made = report(run)
@@ -205,14 +205,16 @@ def test_a_stream_sees_each_token_once_an_epoch_and_does_not_depend_on_how_much_
 
 def _planned(file: Path) -> list[Any]:
     run = load_run(file)
-    return stages(run, parts_to_train(run, read_manifest(run.data_folder, run.data.input)), 10)
+    return stages(run, parts_to_train(run, read_manifest(run.data_folder, run.data.sources)), 10)
 
 
 def test_repeats_of_a_stage_take_the_steps_that_they_take(make_staged: RunFileMaker) -> None:
     file = make_staged()
     assert cptain("preprocess", file).exit_code == 0
     run = load_run(file)
-    tokens = {part.name: tokens for part, tokens in parts_to_train(run, read_manifest(run.data_folder, run.data.input))}
+    tokens = {
+        part.name: tokens for part, tokens in parts_to_train(run, read_manifest(run.data_folder, run.data.sources))
+    }
     takes = -(-(2 * tokens["new"] + tokens["ja"]) // _STEP)
     repeat = {"new": 2, "ja": 1}
     with pytest.raises(CptainError, match=rf"take {takes} steps, and it has 2: let it end at step {takes + 1}, where"):

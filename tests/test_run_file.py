@@ -48,7 +48,7 @@ def test_the_run_files_of_the_project_are_valid(name: str) -> None:
         ({"data__mix": [{"input": "x", "weigth": 1.0}]}, "data.mix[0].weigth = 1.0: no such key (allowed: input, name"),
         ({"data__split": "1,2"}, 'data.split = "1,2": allowed: the weights of train, validation and test'),
         ({"data__split": "0,1,0"}, 'data.split = "0,1,0": nothing is left to train on'),
-        ({"data__input": []}, "data.input = []: list should have at least 1 item"),
+        ({"data__input": []}, "data: give input, globs of text files, or tokenized, globs of .bin/.idx pairs, or both"),
         ({"data__input": ["$CPTAIN_NOWHERE/x.jsonl"]}, "the environment variable $CPTAIN_NOWHERE is not set"),
         ({"data__on_error": "ignore"}, "data.on_error = \"ignore\": input should be 'fail' or 'skip'"),
         ({"name": "a/b"}, 'name = "a/b": string should match pattern'),

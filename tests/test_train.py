@@ -267,7 +267,7 @@ def test_data_or_a_checkpoint_made_from_something_else_is_refused(
 ) -> None:
     result = cptain("train", make_ready_run(data__input=[f"{tmp_path}/*.jsonl"]), "--cpu")
     assert result.exit_code == 1
-    assert "manifest.json: made from data.input = [" in last_line(result)
+    assert "manifest.json: made from data.input and data.tokenized = [" in last_line(result)
     shutil.copytree(model, tmp_path / "other")
     config = json.loads((model / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
@@ -317,7 +317,7 @@ def test_what_megatron_refuses_is_exit_1_with_its_own_reason(
 def test_steps_come_from_tokens_or_epochs(make_ready_run: RunFileMaker, ready_run: Path) -> None:
     from cptain.data.manifest import read_manifest
 
-    records = read_manifest(load_run(ready_run).data_folder, load_run(ready_run).data.input)
+    records = read_manifest(load_run(ready_run).data_folder, load_run(ready_run).data.sources)
     tokens = training_tokens(load_run(ready_run).data_folder, records, "90,10,0")
     run = load_run(make_ready_run(train__steps=None, train__tokens=64 * 8 * 10 + 1))
     assert train_steps(run, records) == 11

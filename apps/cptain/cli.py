@@ -271,21 +271,55 @@ def export(
 
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--logits", is_flag=True, help="Compare forward passes on fixed prompts too, in fp32, on a GPU that has room."
 )
 @click.option("--sample", is_flag=True, help="Compare 1 MB of each tensor: a quick look.")
 @_workers_option
-def verify(a: Path, b: Path, logits: bool, sample: bool, workers: int | None) -> None:
-    """Compare two checkpoints tensor by tensor; exit status 1 on a mismatch.
+def verify(a: Path, b: Path | None, logits: bool, sample: bool, workers: int | None) -> None:
+    """Compare two checkpoints tensor by tensor, or a model with its certificate; exit status 1 on a mismatch.
 
     A and B are each the folder of a Hugging Face model, or of a Megatron checkpoint: torch_dist, or the legacy torch
     (its root means the latest iteration).
+
+    Without B, A is a model that export or merge wrote: each of its files is compared with the hash in its verify.json,
+    and what it was made of too, where that is still there.
     """
+    if b is None:
+        if logits or sample:
+            raise click.UsageError("--logits and --sample compare two checkpoints: give B")
+        from cptain.checkpoint.certificate import verify_certificate
+
+        verify_certificate(a, _threads(workers))
+        return
     from cptain.checkpoint.verify import verify as compare
 
     compare(a, b, logits, _threads(workers), sample)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="MODEL[=WEIGHT]...")
+@click.option(
+    "--shard-size",
+    type=Bytes(),
+    default="5GB",
+    show_default=True,
+    help="No file of weights grows over this, unless by a single tensor.",
+)
+@_workers_option
+@click.option("--force", is_flag=True, help="Replace a model that is there.")
+def merge(out: Path, models: tuple[str, ...], shard_size: int, workers: int | None, force: bool) -> None:
+    """Average models of one shape into a Hugging Face model, on the CPU.
+
+    Each MODEL is the folder of a Hugging Face model, or of a checkpoint of a run (RUN/checkpoints/iter_NNNNNNN). Its
+    weight is 1 unless given; weights are divided by their sum.
+    """
+    from cptain.checkpoint.merge import merge as merge_models
+    from cptain.checkpoint.merge import read_weight
+
+    merge_models(out, [read_weight(model) for model in models], _threads(workers), force, shard_size)
 
 
 main.add_command(plan_command)

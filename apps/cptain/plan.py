@@ -108,7 +108,7 @@ def _proposals(run: RunFile, site: Site | None, here: OnSite) -> list[Document]:
 def _data(run: RunFile) -> Document | None:
     """Steps and epochs; None where the text is not tokenized yet."""
     try:
-        records = read_manifest(run.data_folder, run.data.input)
+        records = read_manifest(run.data_folder, run.data.sources)
     except CptainError:
         return None
     steps = known_steps(run)

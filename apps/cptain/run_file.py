@@ -25,7 +25,7 @@ from cptain.errors import bad_usage
 from cptain.run_model import Model
 from cptain.run_stages import Stage, check_stages
 from cptain.run_train import HOW_LONG, Train
-from cptain.run_values import AbsolutePath, Glob, SiteNameOrFile, Split, VariableName
+from cptain.run_values import AbsolutePath, Glob, PairGlob, SiteNameOrFile, Split, VariableName
 from cptain.toml_file import Duration, Section, read_toml, shown, table_of, validate
 
 CHECKPOINTS = "checkpoints"  # of a run's folder
@@ -39,14 +39,14 @@ def _known_mix(value: Any) -> Any:
 
 
 class MixPart(Section):
-    """A [[data.mix]] table, of the files that `input` matches.
+    """A [[data.mix]] table, of the files of data.input and the pairs of data.tokenized that `input` matches.
 
     name: for people; default: input.
     weight: parts of the training tokens that the files share.
     repeat: how often each of their documents is seen in one of train.epochs; in its place, in every table or in none.
     """
 
-    input: Glob
+    input: PairGlob
     name: Annotated[str, Field(pattern=r"^[^\n|]+$")] | None = None
     weight: PositiveFloat | None = None
     repeat: PositiveFloat | None = None
@@ -68,6 +68,7 @@ class Data(Section):
     """What it is trained on.
 
     input: globs of .jsonl, .jsonl.gz and .jsonl.zst files; ** is any depth.
+    tokenized: prefixes or globs of .bin/.idx pairs that are there already; they are checked and trained on as they are.
     output: the tokenized data's folder; default: <run>/data. A shared folder serves many runs.
     key: the key of a document's text.
     mix: how files blend: "tokens" (every token once), "uniform" (every file alike), or [[data.mix]] tables.
@@ -82,7 +83,8 @@ class Data(Section):
         sharply beyond 16 (Muennighoff et al. 2023, arXiv:2305.16264).
     """
 
-    input: Annotated[list[Glob], Field(min_length=1)]
+    input: list[Glob] = Field(default_factory=list)
+    tokenized: list[PairGlob] = Field(default_factory=list)
     output: AbsolutePath | None = None
     key: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "text"
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
@@ -101,6 +103,17 @@ class Data(Section):
         if isinstance(data, dict) and data.get("validation"):
             return {"split": _ALL_TO_TRAIN, **data}
         return data
+
+    @model_validator(mode="after")
+    def _has_something_to_train_on(self) -> Self:
+        if not self.sources:
+            raise ValueError("give input, globs of text files, or tokenized, globs of .bin/.idx pairs, or both")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The globs of all that is trained on."""
+        return [*self.input, *self.tokenized]
 
     @model_validator(mode="after")
     def _says_one_thing_of_every_table(self) -> Self:

@@ -28,6 +28,10 @@ def _expand_path(value: Any, info: ValidationInfo) -> Any:
     return _expand(value, info) if isinstance(value, str) else value
 
 
+def _expand_pair(value: Any, info: ValidationInfo) -> Any:
+    return _expand(value, info).removesuffix(".bin").removesuffix(".idx") if isinstance(value, str) else value
+
+
 def _expand_folder_or_hub_id(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str):
         return value
@@ -60,6 +64,7 @@ def _split(value: str) -> str:
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*\*?$")]  # a * is any ending
 AbsolutePath = Annotated[Path, BeforeValidator(_expand_path)]
 Glob = Annotated[str, BeforeValidator(_expand_path)]
+PairGlob = Annotated[str, BeforeValidator(_expand_pair)]  # of tokenized files, or of text
 FolderOrHubId = Annotated[str, BeforeValidator(_expand_folder_or_hub_id)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 TokenCount = Annotated[PositiveInt, BeforeValidator(_token_count)]

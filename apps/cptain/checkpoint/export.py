@@ -18,17 +18,26 @@ from typing import Any
 import torch
 
 from cptain.atomic import atomic_folder, remove_stale_partials
+from cptain.checkpoint.certificate import (
+    FILE,
+    checkpoint_source,
+    file_source,
+    has_certificate,
+    model_source,
+    write_certificate,
+)
 from cptain.checkpoint.in_use import being_read
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import rules
 from cptain.checkpoint.model_card import MODEL_CARD, model_card
 from cptain.checkpoint.safetensors_folder import SafetensorsWriter
-from cptain.checkpoint.saved_files import compare_record
+from cptain.checkpoint.saved_files import RECORD, compare_record
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import iteration_folder, read_tracker
 from cptain.data.check import check_tokenizer
+from cptain.data.manifest import FILE_NAME as MANIFEST
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import train_steps
 from cptain.data.tokenizer import is_tokenizer_file
@@ -36,12 +45,16 @@ from cptain.data.vocabulary import extension_of, run_architecture
 from cptain.errors import CptainError
 from cptain.model.architecture import model_folder, read_config
 from cptain.progress import Progress, duration, human
-from cptain.run_file import RunFile
+from cptain.run_file import CHECKPOINTS, RunFile
 
 # What is carried over from the base model, its tokenizer aside: generation config, licences; never weights in any
 # format, hidden files or what is about the base model alone.
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "LICENSE", "LICENCE", "NOTICE")
-_LEFT_BEHIND = ("config.json", "trainer_state.json", "verify.json", MODEL_CARD)
+_LEFT_BEHIND = ("config.json", "trainer_state.json", FILE, MODEL_CARD)
+_CHECKED = (
+    "export",
+    "the CRC-32 of all that was read of the checkpoint; its files with its checksums.json, where it has one",
+)
 SHARD_BYTES = 5 * 10**9  # as transformers has it
 
 
@@ -59,7 +72,7 @@ def _rounded(name: str, fill: Fill, before: torch.dtype, after: torch.dtype) -> 
     return fill if before == after else converted
 
 
-def _config_json(base: Path, dtype: torch.dtype, vocab_size: int) -> str:
+def config_json(base: Path, dtype: torch.dtype, vocab_size: int) -> str:
     """The base's config.json with the model's vocab_size, and with dtype and rotation in the words of transformers 4
     and of 5: either would take its default, without a word, for a key that only the other has."""
     config = read_config(base)
@@ -75,7 +88,7 @@ def _config_json(base: Path, dtype: torch.dtype, vocab_size: int) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _carried(base: Path, tokenizer: Path) -> list[Path]:
+def carried_files(base: Path, tokenizer: Path) -> list[Path]:
     """The files that an export has too: the tokenizer's of its folder, and others of the base model's."""
     others = [
         file
@@ -123,7 +136,7 @@ def iterations(run: RunFile, which: int | str) -> list[int | None]:
 
 
 def _final_iteration(run: RunFile) -> int:
-    steps = train_steps(run, read_manifest(run.data_folder, run.data.input))
+    steps = train_steps(run, read_manifest(run.data_folder, run.data.sources))
     saved = read_tracker(run.checkpoints_folder)
     if saved != steps:
         raise CptainError(
@@ -159,7 +172,7 @@ def export(
             another vocabulary than it was trained with.
     """
     base = model_folder(run.model.hf)
-    carried = _carried(base, check_tokenizer(run))
+    carried = carried_files(base, check_tokenizer(run))
     architecture = run_architecture(run)
     source = iteration_folder(run.checkpoints_folder, iteration)
     if not source.is_dir():
@@ -181,16 +194,33 @@ def export(
             dtype,
             shard_bytes,
         )
-        config = _config_json(base, dtype, architecture.vocab_size)
-        if not force and _is_done(target, carried, writer, config, workers):
+        config = config_json(base, dtype, architecture.vocab_size)
+        if not force and is_done(target, carried, writer, config, workers):
             reader.check_members(workers)
+            if not has_certificate(target):  # written by an earlier version
+                write_certificate(target, target, *_CHECKED, _sources(run, base, reader, workers), workers)
             print(f"export: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
             return False
         began = time.monotonic()
         card = (b"" if force else _card_there(target)) or model_card(run, base, iteration, extension_of(run)).encode()
-        _write(target, reader, writer, workers, carried, {"config.json": config.encode(), MODEL_CARD: card})
+        texts = {"config.json": config.encode(), MODEL_CARD: card}
+        _write(target, reader, writer, workers, carried, texts, _sources(run, base, reader, workers))
         print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
     return True
+
+
+def _sources(run: RunFile, base: Path, reader: TorchDistReader | LegacyReader, workers: int) -> list[dict[str, Any]]:
+    """What an export is made of: the base model, which is read whole once a command, the checkpoint, and, where they
+    are still there, what training began with and the manifest of the data."""
+    found = [model_source("base model", base, workers), checkpoint_source("checkpoint", reader, workers)]
+    branch = run.train.from_
+    root, iteration = (branch.run / CHECKPOINTS, branch.iteration) if branch else (run.megatron_folder, None)
+    begun = iteration_folder(root, iteration)
+    if (begun / RECORD).is_file():
+        with TorchDistReader(begun) as beginning:
+            found.append(checkpoint_source("begun with", beginning, workers))
+    manifest = run.data_folder / MANIFEST
+    return [*found, file_source("data", manifest)] if manifest.is_file() else found
 
 
 def _card_there(target: Path) -> bytes:
@@ -208,8 +238,10 @@ def _write(
     workers: int,
     carried: list[Path],
     texts: dict[str, bytes],
+    sources: list[dict[str, Any]],
 ) -> None:
-    """Write an export whole: the weights, the files that are carried over, and those of its own by name."""
+    """Write an export whole: the weights, the files that are carried over, those of its own by name, and a certificate
+    that it was made of `sources`."""
     with Progress("export", writer.bytes, "B") as progress, atomic_folder(target) as partial:
         write_files(partial, writer.files, workers, progress.advance)
         reader.check_members(workers)
@@ -218,6 +250,7 @@ def _write(
             shutil.copyfile(file, partial / file.name)
         for name, content in texts.items():
             (partial / name).write_bytes(content)
+        write_certificate(partial, target, *_CHECKED, sources, workers)
 
 
 def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bool:
@@ -247,7 +280,7 @@ def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bo
     return written
 
 
-def _is_done(target: Path, carried: list[Path], writer: SafetensorsWriter, config: str, workers: int) -> bool:
+def is_done(target: Path, carried: list[Path], writer: SafetensorsWriter, config: str, workers: int) -> bool:
     """Whether what would be written is there. What does not differ at once is read whole."""
     try:
         unchanged = (target / "config.json").read_text(encoding="utf-8") == config and (target / MODEL_CARD).exists()

@@ -16,7 +16,7 @@ from cptain.data.vocabulary import Extension
 from cptain.history import Start, read_history, stretches
 from cptain.model.architecture import read_config
 from cptain.progress import human
-from cptain.run_file import RunFile
+from cptain.run_file import CHECKPOINTS, RunFile
 from cptain.run_stages import Stage
 from cptain.run_train import Train
 
@@ -59,6 +59,10 @@ def _branched(branch: dict[str, Any] | None) -> str:
     return f"{what}step {branch['iteration']:,} of the run {Path(branch['run']).name}"
 
 
+def _tokenized(data: dict[str, Any]) -> str:
+    return f", {human(data['tokenized'])} of them tokenized by others" if data.get("tokenized") else ""
+
+
 def _part_names(mix: str | list[dict[str, Any]]) -> dict[str, str]:
     """The names of the tables of [[data.mix]] in the card, by title; that of a glob, which is a path, is its place."""
     tables = [] if isinstance(mix, str) else mix
@@ -91,7 +95,7 @@ def _described(start: Start) -> dict[str, str]:
     arguments = " ".join(f"`{'…' if '/' in word else word}`" for word in train["megatron_args"])
     sizes = ", ".join(f"{kind} {layout[kind]}" for kind in ("tensor", "pipeline", "context"))
     return {
-        "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens" if data else "",
+        "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens{_tokenized(data)}" if data else "",
         "begins with": _branched(train.get("from")),
         "mix": _mixed(start.run["data"], start.steps),
         "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),
@@ -179,3 +183,42 @@ def model_card(run: RunFile, base: Path, iteration: int | None, extension: Exten
             rows.insert(1, ("vocabulary", _vocabulary(extension)))
         lines += [f"| {key} | {value} |" for key, value in rows]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def merged_card(name: str, licence: Path, models: list[tuple[Path, float, str]]) -> str:
+    """The card of an average of models.
+
+    Args:
+        name: of the merged model.
+        licence: the folder of a model whose card says licence and language.
+        models: folder, weight and a hash of each.
+    """
+    data = ModelCardData(
+        **_base_metadata(licence),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "cptain"],
+    )
+    whole = sum(weight for _, weight, _ in models)
+    lines = [
+        f"# {name}",
+        "",
+        f"The weighted average of {len(models)} models, computed in fp64 with cptain {__version__}.",
+        "",
+        "| model | weight | share | SHA-256 |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {_called(folder)} | {weight:g} | {weight / whole:.2%} | `{digest}` |"
+            for folder, weight, digest in models
+        ),
+        "",
+        "The hash of a model is over the sizes and hashes of its files, which `verify.json` lists.",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _called(folder: Path) -> str:
+    """What a model is called, without its path: of a run's checkpoint or export, which all runs call alike, with the
+    run's name."""
+    in_a_run = folder.parent.name in ("hf", CHECKPOINTS)
+    return f"{folder.parent.parent.name}, {folder.name}" if in_a_run else folder.name

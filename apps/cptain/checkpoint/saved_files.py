@@ -33,7 +33,7 @@ def write_record(folder: Path) -> None:
     """
     with TorchDistReader(folder) as reader:
         names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != RECORD)
-        atomic.write_json(folder / RECORD, {"cptain": __version__, "files": _checksums(reader, names)})
+        atomic.write_json(folder / RECORD, {"cptain": __version__, "files": checksums_of(reader, names)})
 
 
 def compare_record(stage: str, reader: object) -> None:
@@ -67,7 +67,7 @@ def check_record(reader: TorchDistReader, part: tuple[int, int] = (0, 1)) -> lis
     wanted = [name for name in names if name not in archives] + _part(
         [name for name in names if name in archives], part
     )
-    for name, found in _checksums(reader, wanted).items():
+    for name, found in checksums_of(reader, wanted).items():
         if found != recorded[name]:
             raise CptainError(
                 f"{folder / name}: not as it was saved ({RECORD}): damaged, or of another iteration: bring the file "
@@ -133,7 +133,7 @@ def _archives_of(reader: TorchDistReader, part: tuple[int, int]) -> list[tuple[P
     return sorted(found, key=lambda one: (one[0].file, one[0].offset))
 
 
-def _checksums(reader: TorchDistReader, names: list[str]) -> dict[str, dict[str, Any]]:
+def checksums_of(reader: TorchDistReader, names: list[str]) -> dict[str, dict[str, Any]]:
     """What a record says of files, by name."""
     archives: dict[str, list[Place]] = {}
     for place, _ in _archives_of(reader, (0, 1)):

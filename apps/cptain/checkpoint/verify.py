@@ -19,7 +19,8 @@ from typing import Any
 import click
 import torch
 
-from cptain import __version__, atomic
+from cptain import __version__
+from cptain.checkpoint.certificate import record_comparison
 from cptain.checkpoint.legacy import LegacyReader, is_legacy, open_megatron
 from cptain.checkpoint.mapping import Shape
 from cptain.checkpoint.model_files import differences, dtype_differences
@@ -292,14 +293,6 @@ def _open(
     return readers, extended(architecture, extension) if architecture else None, extension
 
 
-def _record(folder: Path, record: dict[str, Any]) -> None:
-    """Write verify.json, whose paths are relative to the folder: it may be published. A quick look replaces no full
-    comparison."""
-    file = folder / "verify.json"
-    if not (record["sample"] and file.exists()):
-        atomic.write_json(file, record)
-
-
 def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: bool = False) -> None:
     """Compare two checkpoints and print the table.
 
@@ -354,7 +347,7 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
         )
     for folder, other in (folders, folders[::-1]):
         if _is_hf(folder) and _EXPORT.fullmatch(folder.name) and other.name == folder.name:
-            _record(
+            record_comparison(
                 folder, {**record, "a": os.path.relpath(folders[0], folder), "b": os.path.relpath(folders[1], folder)}
             )
     _verdict(len(rows) - equal, len(rows), beside, record.get("logits"))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from cptain.data.indexed_dataset import ids_over
 from cptain.data.manifest import Record, read_manifest
+from cptain.data.many_files import answers
+from cptain.data.tokenized import changed_pair
 from cptain.data.tokenizer import has_tokenizer, tokenizer_facts, tokenizer_hash
 from cptain.data.vocabulary import check_size, tokenizer_folder
 from cptain.errors import CptainError
@@ -20,13 +22,16 @@ def check_data(run: RunFile) -> list[Record]:
         CptainError: no manifest, data made of other files or by another recipe than the run file's, a pair that is
             missing or of another size, or a tokenizer that is larger than the model.
     """
-    records = read_manifest(run.data_folder, run.data.input)
+    records = read_manifest(run.data_folder, run.data.sources)
     made = records[0].recipe
     folder = tokenizer_folder(run)
     if differences := made.differences(run, tokenizer_hash(folder)):
         raise CptainError(f"{run.data_folder}: made with {'; with '.join(differences)}: run preprocess again")
     for record in records:
         if wrong := record.missing_output(run.data_folder):
+            raise CptainError(f"{wrong}: run preprocess again")
+    for wrong in answers(changed_pair, [record for record in records if record.is_tokenized]):
+        if wrong:
             raise CptainError(f"{wrong}: run preprocess again")
     check_size(run, made.tokenizer_size, lambda limit: _tokens_over(run, records, limit))
     return records
@@ -42,7 +47,7 @@ def check_tokenizer(run: RunFile) -> Path:
     if not has_tokenizer(folder) and run.model.tokenizer is None:
         return folder  # a model alone
     try:
-        records = read_manifest(run.data_folder, run.data.input)
+        records = read_manifest(run.data_folder, run.data.sources)
     except CptainError:
         records = []
     if records and records[0].recipe.tokenizer == tokenizer_hash(folder):

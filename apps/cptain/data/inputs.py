@@ -18,7 +18,7 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:wild])
 
 
-def _every_folder_opens(pattern: str) -> None:
+def every_folder_opens(pattern: str) -> None:
     """Raise what glob says nothing of: a folder below a ** that cannot be listed."""
 
     def refuse(error: OSError) -> None:
@@ -60,9 +60,11 @@ def input_files(patterns: list[str]) -> dict[str, Path]:
         CptainError: a glob that matches nothing, a match that is no file, or two files with one name for their pairs.
         OSError: a folder that cannot be listed.
     """
+    if not patterns:
+        return {}
     matched: dict[Path, None] = {}
     for pattern in patterns:
-        _every_folder_opens(pattern)
+        every_folder_opens(pattern)
         files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
         wanted = [file for file in files if file.name.endswith(reader.SUFFIXES) and not file.is_dir()]
         for file in wanted:

@@ -20,6 +20,7 @@ from cptain.data.recipe import Recipe
 from cptain.errors import CptainError, one_line
 
 FILE_NAME = "manifest.json"
+RECORDS = ".records"  # of a data folder
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Record:
     """One input file and the pair made of it.
 
     Attributes:
-        input: the input file.
-        prefix: the pair's path under the data folder, without .bin and .idx.
+        input: the input file; of a pair of data.tokenized, its path without .bin and .idx.
+        prefix: the pair's path under the data folder, without .bin and .idx; of one of data.tokenized, where it is.
         bytes: size of the input file.
         mtime_ns: modification time of the input file, nanoseconds since the epoch.
         fingerprint: of what is in it, see `fingerprint`.
@@ -42,6 +43,7 @@ class Record:
         blank: lines of white space.
         bin_bytes: size of the .bin file.
         idx_bytes: size of the .idx file.
+        without_eod: documents of data.tokenized that do not end with the tokenizer's end-of-document token.
     """
 
     input: str
@@ -59,11 +61,22 @@ class Record:
     blank: int = 0
     bin_bytes: int = 0
     idx_bytes: int = 0
+    without_eod: int = 0
 
     def same_input(self, other: "Record") -> bool:
         """Whether both describe the same work: all that is known before it is done."""
         before = [one.name for one in fields(self) if one.default is MISSING]
         return all(getattr(self, name) == getattr(other, name) for name in before)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether it is a pair of data.tokenized, which lies where it was found."""
+        return self.prefix.startswith("/")
+
+    @property
+    def kept_name(self) -> str:
+        """The prefix, or of a pair of data.tokenized its last part: the same wherever the data lies."""
+        return Path(self.prefix).name if self.is_tokenized else self.prefix
 
     @property
     def name(self) -> str:
@@ -107,12 +120,12 @@ def fingerprint(file: Path, size: int) -> str:
 
 
 def _record_file(data_folder: Path, prefix: str) -> Path:
-    return data_folder / ".records" / f"{prefix}.json"
+    return data_folder / RECORDS / f"{prefix}.json"
 
 
 def lock_file(data_folder: Path, prefix: str) -> Path:
     """The lock of the pair `prefix`."""
-    return data_folder / ".records" / f"{prefix}.lock"
+    return data_folder / RECORDS / f"{prefix}.lock"
 
 
 def remove_record(data_folder: Path, prefix: str) -> None:
@@ -143,13 +156,14 @@ def read_record(data_folder: Path, prefix: str) -> Record | None:
 
 def read_records(data_folder: Path) -> list[Record]:
     """The records of every file that is done, those that data.input no longer names among them."""
-    folder = data_folder / ".records"
+    folder = data_folder / RECORDS
     prefixes = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.json"))
     return [record for record in answers(partial(read_record, data_folder), prefixes) if record]
 
 
 def write_manifest(data_folder: Path, records: list[Record], patterns: list[str]) -> None:
-    """Write manifest.json with its totals, for the globs of data.input, and a line a record; they have one recipe."""
+    """Write manifest.json with its totals, for the globs of data.input and data.tokenized, and a line a record;
+    they have one recipe."""
     totals = {
         key: sum(getattr(record, key) for record in records)
         for key in ("documents", "tokens", "text_bytes", "lines", "skipped", "blank")
@@ -176,7 +190,10 @@ def read_manifest(data_folder: Path, patterns: list[str]) -> list[Record]:
         if "recipe" not in content:
             raise CptainError(f"{file}: written by an earlier version of cptain: run preprocess again")
         if content["input"] != patterns:
-            raise CptainError(f"{file}: made from data.input = {json.dumps(content['input'])}: run preprocess again")
+            raise CptainError(
+                f"{file}: made from data.input and data.tokenized = {json.dumps(content['input'])}: run preprocess "
+                "again"
+            )
         recipe = Recipe(**content["recipe"])
         records = [Record(**record, recipe=recipe) for record in content["records"]]
         if not records:

@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from cptain.atomic import remove_stale_partials
 from cptain.data.encode import Encoding
@@ -39,6 +39,7 @@ from cptain.data.many_files import answers
 from cptain.data.processes import CONTEXT, process_pool
 from cptain.data.recipe import Recipe, recipe
 from cptain.data.tokenize_file import Read, Task, count_file, half_written, tokenize_file
+from cptain.data.tokenized import Pair, check_pairs, tokenized_pairs
 from cptain.data.tokenizer import Tokenizer, TokenizerFacts, tokenizer_facts
 from cptain.data.vocabulary import check_size, tokenizer_folder
 from cptain.errors import FAILED, CptainError, Interrupted
@@ -179,12 +180,15 @@ def _work_through(
                 yield future.result()
 
 
-def shard(tasks: list[Task], number: int, count: int) -> list[Task]:
+_Work_on = TypeVar("_Work_on", Task, Pair)
+
+
+def shard(tasks: list[_Work_on], number: int, count: int) -> list[_Work_on]:
     """The `number`-th (from 1) of `count` parts of the files, as even in bytes as whole files allow.
 
     Every process gets the same parts from the same files: the biggest file first, each to the part that has least.
     """
-    parts: list[list[Task]] = [[] for _ in range(count)]
+    parts: list[list[_Work_on]] = [[] for _ in range(count)]
     sizes = [(0, place) for place in range(count)]
     for task in sorted(tasks, key=lambda task: (-task.record.bytes, task.record.prefix)):
         size, place = heapq.heappop(sizes)
@@ -226,7 +230,8 @@ def preprocess(
     verify_inputs: bool = False,
     count_only: bool = False,
 ) -> bool:
-    """Tokenize every input file of the run that is not done, and write manifest.json.
+    """Tokenize every input file of the run that is not done, check its pairs of data.tokenized that were not, and write
+    manifest.json.
 
     Args:
         run: the run.
@@ -238,14 +243,16 @@ def preprocess(
         count_only: count documents and tokens, and write nothing.
 
     Returns:
-        Whether a file was tokenized.
+        Whether a file was tokenized, or a pair checked.
 
     Raises:
-        CptainError: see `input_files`, `check_size`, `refuse_if_in_use` and `tokenize_file`.
+        CptainError: see `input_files`, `check_size`, `refuse_if_in_use`, `tokenize_file`, `find_pairs` and
+            `check_pairs`.
     """
     cache = None if count_only else run.tokenizers_folder
     every, facts, left = _plan(run, force, cache)
-    tasks = shard(every, *part)
+    pairs, tasks = tokenized_pairs(run, facts), shard(every, *part)
+    checked, read = check_pairs(shard(pairs, *part), workers, force, verify_inputs, not count_only)
     done = [] if force else [record for task in tasks if (record := task.done())]
     changed = _changed_inside(done, workers) if verify_inputs else []
     prefixes = {record.prefix for record in done} - {record.prefix for record in changed}
@@ -262,18 +269,18 @@ def preprocess(
         with Progress("preprocess", total, "B", done=sum(record.bytes for record in done)) as progress:
             done += _work_through(todo, count_file if count_only else tokenize_file, tokenizer, workers, progress)
     if count_only:
-        _say_totals(done, "")
+        _say_totals(done + checked, "")
         return False
     if part != (1, 1):
-        records = [task.done() for task in every]
-        done = [record for record in records if record]
+        records = [*(task.done() for task in every), *(pair.done() for pair in pairs)]
+        done, checked = [record for record in records if record], []
         missing = len(records) - len(done)
         others = f"; {missing} files of other parts are not done yet" if missing else ""
         print(f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}", file=sys.stderr)
         if missing:
-            return bool(todo)
-    _finish(run, done, left)
-    return bool(todo)
+            return bool(todo or read)
+    _finish(run, done + checked, left)
+    return bool(todo or read)
 
 
 def _say_totals(records: list[Record], where: str) -> None:
@@ -283,7 +290,8 @@ def _say_totals(records: list[Record], where: str) -> None:
         documents, tokens, text, skipped = (
             sum(getattr(record, key) for record in some) for key in ("documents", "tokens", "text_bytes", "skipped")
         )
-        share = f", {tokens / text:.3f} tokens a byte" if text else ""
+        of_text = sum(record.tokens for record in some if not record.is_tokenized)
+        share = f", {of_text / text:.3f} tokens a byte" if text else ""
         counts = f"{len(some)} files, {documents} documents, {tokens} tokens ({human(tokens)})"
         return f"{counts}{share}, {skipped} bad lines skipped"
 
@@ -328,8 +336,9 @@ def _finish(run: RunFile, done: list[Record], left: int) -> None:
         if not record.documents:
             print(f"preprocess: {record.input}: no document in it", file=sys.stderr)
     if not any(record.tokens for record in done):
-        raise CptainError("data.input: no document in any file: there is nothing to train on")
-    write_manifest(run.data_folder, done, run.data.input)
+        key = "data.input" if run.data.input else "data.tokenized"
+        raise CptainError(f"{key}: no document in any file: there is nothing to train on")
+    write_manifest(run.data_folder, done, run.data.sources)
     if left:
         print(
             f"preprocess: {left} pairs of files that data.input no longer matches, or of another data.key, are left in "

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from cptain.data.manifest import Record
 from cptain.errors import CptainError, one_line
 
-_HEADER = "<9sQBQQ"  # of an .idx file: see cptain.data.indexed_dataset
-HEADER_BYTES = struct.calcsize(_HEADER)
-_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
+HEADER = "<9sQBQQ"  # of an .idx file: see cptain.data.indexed_dataset
+HEADER_BYTES = struct.calcsize(HEADER)
+DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
 
 
 def cut(bounds: tuple[float, float], sequences: int) -> range:
@@ -28,8 +28,8 @@ def cut(bounds: tuple[float, float], sequences: int) -> range:
 def read_lengths(prefix: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
     """The dtype of a pair's ids, and how many each of its sequences has."""
     with open(f"{prefix}.idx", "rb") as file:
-        _, _, code, sequences, _ = struct.unpack(_HEADER, file.read(HEADER_BYTES))
-        return _DTYPES[code], np.fromfile(file, dtype="<i4", count=sequences)
+        _, _, code, sequences, _ = struct.unpack(HEADER, file.read(HEADER_BYTES))
+        return DTYPES[code], np.fromfile(file, dtype="<i4", count=sequences)
 
 
 @cache

@@ -91,5 +91,5 @@ def seen_by(plans: list[StageOf], steps: int) -> list[float]:
 
 def identity(part: Part, split: str) -> str:
     """What a part's order is of: a hash of its files, their content and tokens, and of how they are split."""
-    lines = [split, *(json.dumps([one.prefix, one.sha256, one.tokens]) for one in part.records)]
+    lines = [split, *(json.dumps([one.kept_name, one.sha256, one.tokens]) for one in part.records)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -50,6 +50,6 @@ def known_steps(run: RunFile) -> int | None:
     if run.train.epochs is None:
         return train_steps(run, [])
     try:
-        return train_steps(run, read_manifest(run.data_folder, run.data.input))
+        return train_steps(run, read_manifest(run.data_folder, run.data.sources))
     except CptainError:
         return None

@@ -21,9 +21,10 @@ def trained_on(run: RunFile, records: list[Record], steps: int) -> dict[str, Any
         steps: in all.
 
     Returns:
-        What JSON keeps as it is: "files", "documents", "tokens", "split", "mix" ("tokens", "uniform", or the weight or
-        the repeats of each table's glob), "tokenizer" (its hash), and "sha256" over the split and the prefix, content,
-        tokens and weight of every file: where that is equal, it is the same training data in the same proportions.
+        What JSON keeps as it is: "files", "documents", "tokens", "tokenized" (those of data.tokenized), "split", "mix"
+        ("tokens", "uniform", or the weight or the repeats of each table's glob), "tokenizer" (its hash), and "sha256"
+        over the split and the prefix, content, tokens and weight of every file: where that is equal, it is the same
+        training data in the same proportions.
         Where the mix is of tables, "seen": the tokens of each and its share in the stages that begin after so many
         steps. With [[data.stage]] "order" besides: what each part's order is made of, by its name.
     """
@@ -31,7 +32,8 @@ def trained_on(run: RunFile, records: list[Record], steps: int) -> dict[str, Any
     lines = [run.data.split]
     whole = sum(weight for weight, _ in blended)
     lines += [
-        json.dumps([record.prefix, record.sha256, record.tokens, f"{weight / whole:.9g}"]) for weight, record in blended
+        json.dumps([record.kept_name, record.sha256, record.tokens, f"{weight / whole:.9g}"])
+        for weight, record in blended
     ]
     mix = run.data.mix
     more: dict[str, Any] = {}
@@ -45,6 +47,7 @@ def trained_on(run: RunFile, records: list[Record], steps: int) -> dict[str, Any
         "files": len(blended),
         "documents": sum(record.documents for _, record in blended),
         "tokens": sum(record.tokens for _, record in blended),
+        "tokenized": sum(record.tokens for _, record in blended if record.is_tokenized),
         "split": run.data.split,
         "mix": mix
         if isinstance(mix, str)

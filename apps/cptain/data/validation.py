@@ -21,6 +21,7 @@ from cptain.data.manifest import Record, read_manifest
 from cptain.data.overlap import texts_in_both
 from cptain.data.preprocess import preprocess
 from cptain.data.split import read_lengths
+from cptain.data.tokenized import folders_of_pairs
 from cptain.errors import CptainError, bad_usage
 from cptain.run_file import RunFile
 
@@ -36,6 +37,7 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
                 "data": run.data.model_copy(
                     update={
                         "input": [one.input],
+                        "tokenized": [],
                         "output": run.data_folder / _FOLDER / one.name,
                         "mix": "tokens",
                         "validation": [],
@@ -49,7 +51,7 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
 
 def data_folders(run: RunFile) -> list[Path]:
     """The folders that a training of the run reads tokens from."""
-    return [run.data_folder, *(one.data_folder for one in set_runs(run).values())]
+    return [run.data_folder, *folders_of_pairs(run), *(one.data_folder for one in set_runs(run).values())]
 
 
 def preprocess_all(run: RunFile, *arguments: Any) -> bool:
@@ -103,8 +105,8 @@ def _left_out(one: RunFile, records: list[Record], of_set: list[Record]) -> dict
 def _leave_out(run: RunFile, name: str, one: RunFile) -> None:
     """Once the data and the set are made: find what is in both."""
     try:
-        records = read_manifest(run.data_folder, run.data.input)
-        of_set = read_manifest(one.data_folder, one.data.input)
+        records = read_manifest(run.data_folder, run.data.sources)
+        of_set = read_manifest(one.data_folder, one.data.sources)
     except CptainError:
         return  # another part of the work is not done, or texts were counted alone
     found = _left_out(one, records, of_set)

@@ -106,7 +106,7 @@ def _starts(starts: list[Start]) -> list[Values]:
 def _mix(run: RunFile, steps: int, done: int) -> list[Values]:
     """The parts of the mix; where the data is not to be seen from here, why."""
     try:
-        records = read_manifest(run.data_folder, run.data.input)
+        records = read_manifest(run.data_folder, run.data.sources)
         so_far, found = exposures(run, records, steps, done), exposures(run, records, steps)
     except CptainError as error:
         return [{"not known": str(error)}]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cptain.data.inputs import input_files
 from cptain.data.steps import known_steps
+from cptain.data.tokenized import find_pairs
 from cptain.data.vocabulary import run_architecture
 from cptain.errors import BAD_USAGE, CptainError, bad_usage
 from cptain.image import image_here, start_seconds, was_unpacked
@@ -48,11 +49,14 @@ def _check_model(run: RunFile, site: Site) -> None:
 
 
 def _check_data(run: RunFile) -> None:
-    patterns = [pattern for pattern in run.data.input if is_here(Path(pattern))]
-    if not patterns or (run.data_folder / "manifest.json").exists():
+    text, pairs = (
+        [pattern for pattern in patterns if is_here(Path(pattern))] for patterns in (run.data.input, run.data.tokenized)
+    )
+    if (run.data_folder / "manifest.json").exists():
         return
     try:
-        input_files(patterns)
+        input_files(text)
+        find_pairs(pairs)
     except CptainError as error:
         raise CptainError(str(error), BAD_USAGE) from error
 
@@ -127,6 +131,7 @@ def check_before_queue(run: RunFile, site: Site, image: Path) -> list[str]:
         ("jobs.image", image),
         ("model.hf", Path(run.model.hf)),
         *(("data.input", Path(one)) for one in run.data.input),
+        *(("data.tokenized", Path(one)) for one in run.data.tokenized),
     ]
     unseen = dict.fromkeys(key for key, path in paths if path.is_absolute() and not is_here(path))
     lines = [f"{', '.join(unseen)}: on a disk that is not seen from here, and not checked"] if unseen else []

@@ -152,6 +152,7 @@ def _check(run: RunFile, site: Site, name: str) -> None:
     if run.model.vocabulary:
         paths |= {f"model.vocabulary.{key}": getattr(run.model.vocabulary, key) for key in ("add", "tokenizer")}
     paths |= {"jobs.image": jobs.image, **{f"data.input[{n}]": glob for n, glob in enumerate(run.data.input)}}
+    paths |= {f"data.tokenized[{n}]": glob for n, glob in enumerate(run.data.tokenized)}
     for key, path in paths.items():
         if re.search(r"\$[\w{]", str(path)):  # the jobs' copy of the run file is read once more
             bad_usage(f'{key} = "{path}": the jobs would take the $ in it for a variable: rename the folder')

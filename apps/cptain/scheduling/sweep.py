@@ -61,7 +61,10 @@ def _label(dotted: str, value: Any, number: int) -> str:
 
 def _share(run: RunFile, runs: list[RunFile], file: Path) -> list[RunFile]:
     """Give runs that are made of the same text, or the same model, one folder for it."""
-    data = [json.dumps([one.data.input, options(one), one.base_tokenizer, *_new_tokens(one)]) for one in runs]
+    data = [
+        json.dumps([one.data.input, one.data.tokenized, options(one), one.base_tokenizer, *_new_tokens(one)])
+        for one in runs
+    ]
     models = [json.dumps([one.model.hf, *_extension(one)]) for one in runs]
     shared = []
     for one, text, model in zip(runs, data, models, strict=True):

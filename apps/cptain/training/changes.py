@@ -22,7 +22,7 @@ from cptain.training.documents import File, same_blend
 _SURPLUS = 0.005
 _LAST_EPOCH_APART = 0.8
 
-_ORDER_KEYS = ("input", "mix", "split")  # of [data]
+_ORDER_KEYS = ("input", "tokenized", "mix", "split")  # of [data]
 _ORDER_ARG = "--dataloader-type"
 _ANEW = "the order of the data begins anew: some sequences come again and others are left out"
 
@@ -52,7 +52,7 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
     after = run.model_dump(mode="json", exclude_none=True)
     staged = bool(run.data.stage and before["data"].get("stage"))  # what was seen stays: cptain.data.trained_on
     for key in () if staged else _ORDER_KEYS:
-        if (old := _nameless(before["data"][key])) != (new := _nameless(after["data"][key])):
+        if (old := _nameless(before["data"].get(key, []))) != (new := _nameless(after["data"][key])):
             lines.append(f"data.{key}: {shown(old)} → {shown(new)}: {_ANEW}")
     if (old := before["train"].get("seed", run.train.seed)) != run.train.seed:
         lines.append(f"train.seed: {old} → {run.train.seed}: {_ANEW}")
@@ -89,7 +89,7 @@ def _argument(flag: str, words: Any) -> str | None:
 
 def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
     """The line for a change of steps that lets Megatron shuffle other epochs together; none where it does not."""
-    records = read_manifest(run.data_folder, run.data.input)
+    records = read_manifest(run.data_folder, run.data.sources)
     length = {key: before["train"].get(key) for key in HOW_LONG}
     earlier = run.model_copy(update={"train": run.train.model_copy(update=length)})
     old, new = (asked_steps(one, records)[0] for one in (earlier, run))
