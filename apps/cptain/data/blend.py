@@ -91,12 +91,17 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
+def blend_file(run: RunFile) -> Path:
+    """<run>/data-args.txt."""
+    return run.folder / "data-args.txt"
+
+
 def write_blend(run: RunFile, records: list[Record]) -> Path:
     """Write <run>/data-args.txt and return its path."""
     lines = [
         f"{weight:.12g} {shlex.quote(str(run.data_folder / record.prefix))}\n"
         for weight, record in blend(run.data.mix, records)
     ]
-    file = run.folder / "data-args.txt"
+    file = blend_file(run)
     atomic.write_text(file, "".join(lines))
     return file
