@@ -93,7 +93,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option(
     "--nodes",
     is_flag=True,
-    help="As a node of a job: one line, with exit status 0 whatever it says. submit.sh doctor starts this on every node.",
+    help="As a node of a job: one line, and exit status 0 whatever it says. submit.sh doctor does this everywhere.",
 )
 def doctor(run: Path | None, overrides: tuple[str, ...], site: str | None, as_json: bool, nodes: bool) -> None:
     """Look for what would make a training fail, or go wrong in silence; say what to do.
@@ -114,9 +114,13 @@ def doctor(run: Path | None, overrides: tuple[str, ...], site: str | None, as_js
     from cptain.doctor.report import check_none_failed, examine, line_of_node, table
 
     loaded = load(run, overrides) if run else None
-    name = site or (loaded.jobs.site if loaded else None)
-    checked, file = load_site(name) if name else (None, None)
-    results = examine(Subject(loaded, checked, file.stem if file else "", nodes))
+    # A job's nodes are what they are, whatever site the jobs were rendered for.
+    name = None if nodes else site or (loaded.jobs.site if loaded else None)
+    subject = Subject(loaded, in_job=nodes)
+    if name:
+        checked, file = load_site(name)
+        subject = Subject(loaded, checked, file.stem, nodes)
+    results = examine(subject)
     if nodes:
         click.echo(line_of_node(results))
         return

@@ -110,8 +110,7 @@ def _found(check: Check, subject: Subject) -> Found:
     try:
         return check.look(subject)
     except CptainError as error:
-        means, _, remedy = str(error).replace("\n", "; ").rpartition(": ")
-        return fail(means, remedy) if means else fail(remedy, "as it says")
+        return fail(str(error).replace("\n", "; "), "change what it names, and cptain doctor again")
     except OSError as error:
         return fail(f"{error.filename or check.name}: {error.strerror or one_line(error)}", "ask the site's support")
     except Exception as error:

@@ -42,7 +42,8 @@ def apptainer(subject: Subject) -> Found:
             return ok(version.strip())
     modules = " ".join(subject.site.modules if subject.site else ())
     remedy = f"module load {modules}" if modules else "module avail apptainer singularity, and module load it"
-    return fail(f"no {' or '.join(names)} that answers", f"{remedy}; apptainer in the site file may name its path")
+    judged = fail if subject.site else warn  # cptain itself runs without one; every job needs it
+    return judged(f"no {' or '.join(names)} that answers", f"{remedy}; apptainer in the site file may name its path")
 
 
 def user_namespaces(subject: Subject) -> Found:
@@ -74,7 +75,7 @@ def fuse(subject: Subject) -> Found:
             "no FUSE here: an image of one file is unpacked at every start, for minutes",
             "make sandbox, and jobs.image = the folder that it makes",
         )
-    return ok("images are mounted")
+    return ok("images are mounted, not unpacked")
 
 
 def infiniband(subject: Subject) -> Found:

@@ -4,6 +4,7 @@ import math
 import os
 from typing import Any
 
+from cptain.checkpoint.tracker import TRACKER
 from cptain.data.vocabulary import extension_of, read_extension, run_architecture
 from cptain.doctor.checks import Found, Subject, fail, ok, warn
 from cptain.history import read_history, stretches
@@ -43,11 +44,32 @@ def site(subject: Subject) -> Found:
     return ok(f"{subject.site_name}: {subject.site}")
 
 
+def _not_made(run: RunFile) -> dict[str, str]:
+    """What a training reads and no stage has made yet, with the stage that makes it."""
+    begun = run.train.from_ or any(run.checkpoints_folder.glob("iter_*"))
+    return {
+        what: stage
+        for what, stage, there in (
+            ("the data", "preprocess", _has_manifest(run)),
+            ("the converted checkpoint", "convert", begun or (run.megatron_folder / TRACKER).exists()),
+        )
+        if not there
+    }
+
+
+def _has_manifest(run: RunFile) -> bool:
+    """Whether the run's data is made."""
+    return (run.data_folder / "manifest.json").exists()
+
+
 def train(subject: Subject) -> Found:
     """What `train` would refuse; nothing is written."""
     from cptain.training.prepare import prepare
 
     run = _run(subject)
+    if missing := _not_made(run):
+        means = f"{' and '.join(missing)} not made yet: what train would say of them is not known"
+        return warn(means, "; ".join(f"cptain {stage} RUN" for stage in missing.values()))
     if run.model.vocabulary:
         made, wanted = read_extension(run.folder / "tokenizer"), extension_of(run)
         if made is None or wanted is None or made.tokenizer != wanted.tokenizer:
@@ -67,10 +89,10 @@ def begins_at_random(subject: Subject) -> Found:
     first = [values["loss"] for step, values in metrics.items() if step <= _FIRST and "loss" in values]
     if not first:
         return ok("no first step in the run's logs yet")
-    vocabulary = run_architecture(run).vocab_size
+    vocabulary = run_architecture(run, ["config.json"]).vocab_size
     limit = math.log(vocabulary)
     if max(first) > _NEAR * limit:
-        means = f"the loss began at {max(first):.2f}, and ln {vocabulary:,} = {limit:.2f} is that of a model of random weights"
+        means = f"the loss began at {max(first):.2f}, and ln {vocabulary:,} = {limit:.2f} is that of random weights"
         return warn(
             means, "cptain verify --logits MODEL <run>/megatron, before more is trained; is the tokenizer its own?"
         )
@@ -83,11 +105,13 @@ def padded_rows(subject: Subject) -> Found:
     from cptain.data.manifest import read_manifest
 
     run = _run(subject)
-    size = run_architecture(run).vocab_size
+    if not _has_manifest(run):
+        return ok("no data is made yet")
+    size = run_architecture(run, ["config.json"]).vocab_size
     pairs = [run.data_folder / record.prefix for record in read_manifest(run.data_folder, run.data.input)]
     over, looked = ids_over([pair for pair in pairs if pair.with_name(pair.name + ".bin").is_file()], size, _LOOKED_AT)
     if over:
-        means = f"{over:,} of {looked:,} tokens of {run.data_folder} are ids of {size:,} and over, which the model has no row for"
+        means = f"{over:,} of {looked:,} tokens of {run.data_folder} have no row among the model's {size:,}"
         return fail(means, "model.tokenizer = the model's own, and cptain preprocess RUN --force")
     return ok(f"of {looked:,} tokens none is over the model's {size:,} rows")
 
@@ -106,6 +130,8 @@ def optimizer(subject: Subject) -> Found:
     from cptain.checkpoint.torch_dist import TorchDistReader
 
     run = _run(subject)
+    if "the converted checkpoint" in _not_made(run):
+        return ok("it begins anew")
     begins = beginning(run, run_architecture(run))
     if begins.iteration is None:
         return ok("it begins anew")
@@ -154,7 +180,7 @@ def rate_at(train: Train, steps: int, step: int) -> float:
         "linear": 1 - done,
         "cosine": (math.cos(math.pi * done) + 1) / 2,
         "minus_sqrt": 1 - math.sqrt(done),
-        "exponential": 2 * 0.5**done - 1,
+        "exponential": 2 * math.pow(0.5, done) - 1,
     }[style]
     return train.min_lr + left * (train.lr - train.min_lr)
 
@@ -172,7 +198,7 @@ def learning_rate(subject: Subject) -> Found:
             looked += 1
             expected = rate_at(asked, start.steps, step)
             if not math.isclose(logged[step], expected, rel_tol=_RATE, abs_tol=_RATE * asked.lr * 1e-3):
-                means = f"step {step:,} had a learning rate of {logged[step]:.4g}, where the run file's schedule says {expected:.4g}"
+                means = f"step {step:,} had {logged[step]:.4g}, where the run file's schedule says {expected:.4g}"
                 remedy = (
                     f"cptain train RUN --dry-run shows what Megatron is told; begin again from a step before {step:,}"
                 )

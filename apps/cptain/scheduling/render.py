@@ -29,6 +29,8 @@ from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
 
 STAGES = ("preprocess", "convert", "train", "export")
+_SCRIPTS = (*STAGES, "doctor")  # doctor's looks at the nodes that train's would get
+_DOCTOR_WALLTIME = "00:10:00"
 _CHAIN_UNKNOWN = 2  # train jobs, where nothing tells how long a step takes
 _LONGEST_CHAIN = 100
 _ARRAY_INDEX = {"pbs": "$PBS_ARRAY_INDEX", "gridengine": "$SGE_TASK_ID", "slurm": "$SLURM_ARRAY_TASK_ID"}
@@ -187,14 +189,15 @@ def _scripts(
     jobs = run.jobs
     array = jobs.shards > 1 and site.scheduler != "local"
     scripts = {}
-    for stage in STAGES:
-        train = stage == "train"
+    for stage in _SCRIPTS:
+        train, on_its_nodes = stage == "train", stage in ("train", "doctor")
         options = {
             "preprocess": f' --shard "{_ARRAY_INDEX.get(site.scheduler)}/{jobs.shards}"' if array else "",
             "export": " --iteration final",
         }
-        walltime = jobs.walltime if train else _shortest(site.cpu_walltime, site.max_walltime)
-        directives = site.train_directives(jobs.nodes, jobs.reservation) if train else site.cpu
+        longest = _DOCTOR_WALLTIME if stage == "doctor" else site.cpu_walltime
+        walltime = jobs.walltime if train else _shortest(longest, site.max_walltime)
+        directives = site.train_directives(jobs.nodes, jobs.reservation) if on_its_nodes else site.cpu
         scripts[f"{stage}.sh"] = templates.get_template("stage.sh.j2").render(
             stage=stage,
             name=run.name,
@@ -244,6 +247,7 @@ def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[str]:
                 made[stage, folder] = f"{stage}{suffix}"
                 lines.append(f"submit {stage}{suffix} 1 {here(one.logs)} {here(one.folder / f'{stage}.sh')}")
             inputs.append(made[stage, folder])
+        lines.append(f"submit doctor{suffix} 1 {here(one.logs)} {here(one.folder / 'doctor.sh')}")
         suffix = suffix or "''"
         lines.append(f"finish {suffix} {one.chain} {here(one.logs)} {here(one.folder)} {' '.join(inputs)}")
     return lines
