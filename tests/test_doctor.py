@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import RunFileMaker, cptain
+from conftest import RunFileMaker, as_if_trained, cptain, in_megatron
 from cptain.checkpoint.saved_files import write_record
 from cptain.data.blend import blend_file
 from cptain.doctor import gpus, machine, of_run
@@ -21,6 +21,7 @@ from cptain.doctor.gpus import judged_nccl, judged_products, product
 from cptain.doctor.report import MACHINE, RUN, line_of_node, table
 from cptain.run_file import load_run
 from cptain.scheduling.sites import load_site
+from cptain.training.flags import schedule_rows
 from cptain.training.metrics import metrics_file
 from stand_ins import KEEPS_ENVIRONMENT, Submission, programs
 
@@ -140,33 +141,38 @@ def test_a_learning_rate_that_is_not_the_schedule_s_is_found(own_trained_run: Pa
     assert found.means.startswith("step 6 had 0.0009, where the run file's schedule says ")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "minus_sqrt", "exponential", "wsd cosine"])
-def test_the_schedule_is_that_of_megatron(schedule: str, make_run: RunFileMaker) -> None:
-    """Against OptimizerParamScheduler itself, in the process that imports it."""
-    from conftest import in_megatron
+SCHEDULES = [("cosine", None), ("linear", None), ("constant", None)]
+SCHEDULES += [("wsd", style) for style in ("linear", "cosine", "minus_sqrt", "exponential")]
 
-    keys: dict[str, Any] = {"train__warmup_steps": 5, "train__decay_steps": 10, "train__steps": 20}
-    wsd = schedule not in ("cosine", "linear", "constant")
-    style = schedule.removeprefix("wsd ")
-    keys |= {"train__schedule": "wsd", "train__decay_style": style} if wsd else {"train__schedule": schedule}
-    if schedule == "constant":
-        keys |= {"train__decay_steps": None, "train__min_lr": 0.0}
-    train = load_run(make_run(**keys)).train
-    ends = 20 if schedule == "constant" or wsd else 15
-    found = in_megatron(
-        f"""
+
+def test_the_schedules_are_those_of_megatron(make_run: RunFileMaker) -> None:
+    """Against OptimizerParamScheduler itself, which gets what `schedule_rows` says."""
+    trains, told = [], []
+    for schedule, style in SCHEDULES:
+        keys: dict[str, Any] = {"train__warmup_steps": 5, "train__steps": 20, "train__schedule": schedule}
+        keys |= {"train__min_lr": 0.0} if schedule == "constant" else {"train__decay_steps": 10}
+        trains.append(load_run(make_run(**keys, **({"train__decay_style": style} if style else {}))).train)
+        flags = {row[1]: row[2] for row in schedule_rows(trains[-1], 20)}
+        told.append([trains[-1].lr, trains[-1].min_lr, flags])
+    found = in_megatron(f"""
 from types import SimpleNamespace
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-groups = [{{"lr": 0.0, "max_lr": {train.lr}, "min_lr": {train.min_lr}, "wd_mult": 1.0, "lr_mult": 1.0}}]
-it = OptimizerParamScheduler(SimpleNamespace(param_groups=groups), 0.0, {train.lr}, {train.min_lr}, 5, {ends},
-    {"WSD" if wsd else schedule!r}, 0.0, 0.0, 20, "constant", wsd_decay_steps=10, lr_wsd_decay_style={style!r})
 found = []
-for _ in range(20):
-    it.step(1)
-    found.append(groups[0]["lr"])
-""".replace("WSD,", "'WSD',")
+for lr, min_lr, flags in {told!r}:
+    group = {{"lr": 0.0, "max_lr": lr, "min_lr": min_lr, "wd_mult": 1.0, "lr_mult": 1.0}}
+    scheduler = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[group]), 0.0, lr, min_lr, int(flags["--lr-warmup-iters"]),
+        int(flags["--lr-decay-iters"]), flags["--lr-decay-style"], 0.0, 0.0, 20, "constant",
+        wsd_decay_steps=int(flags.get("--lr-wsd-decay-iters", 0)), lr_wsd_decay_style=flags.get("--lr-wsd-decay-style"),
     )
-    assert [of_run.rate_at(train, 20, step) for step in range(1, 21)] == pytest.approx(found, rel=1e-9)
+    rates = []
+    for _ in range(20):
+        scheduler.step(1)
+        rates.append(group["lr"])
+    found.append(rates)
+""")
+    for train, rates in zip(trains, found, strict=True):
+        assert [of_run.rate_at(train, 20, step) for step in range(1, 21)] == pytest.approx(rates, rel=1e-9, abs=1e-15)
 
 
 def test_rows_of_padding_that_the_data_uses_are_counted(own_trained_run: Path, model: Path, tmp_path: Path) -> None:
@@ -181,21 +187,20 @@ def test_rows_of_padding_that_the_data_uses_are_counted(own_trained_run: Path, m
     assert "have no row among the model's 400" in found.means
 
 
-def test_an_optimizer_state_of_another_layout_is_named_with_the_way_out(own_trained_run: Path) -> None:
-    run = load_run(own_trained_run)
-    folder = run.checkpoints_folder / "iter_0000008"
-    file = folder / "common.pt"
-    if file.exists():
-        common = torch.load(file, weights_only=False)
-        common["optimizer"] = {"param_state_sharding_type": "dp_reshardable"}
-        torch.save(common, file)
-        write_record(folder)
-    kind = of_run._values({"a": [{"param_state_sharding_type": "x"}]}, "param_state_sharding_type")
-    assert kind == ["x"]
-    assert of_run.optimizer(Subject(run)).state == "ok"  # the layout is the same
+def test_an_optimizer_state_of_another_layout_is_named_with_the_way_out(make_ready_run: RunFileMaker) -> None:
+    file = make_ready_run()
+    as_if_trained(file, 1)
+    run = load_run(file)
     other = run.model_copy(update={"parallel": run.parallel.model_copy(update={"pipeline": 2})})
-    found = of_run.optimizer(Subject(other))
-    assert found.state == "fail"
+    folder = run.checkpoints_folder / "iter_0000001"
+    for kind, state in (("fully_reshardable", "ok"), ("dp_reshardable", "fail")):
+        common = torch.load(folder / "common.pt", weights_only=False)
+        common["content_metadata"] = {"distrib_optim_sharding_type": kind}
+        torch.save(common, folder / "common.pt")
+        write_record(folder)
+        assert of_run.optimizer(Subject(run)).state == "ok"  # the layout is the same
+        found = of_run.optimizer(Subject(other))
+        assert found.state == state
     assert "dp_reshardable, which loads at parallel.tensor = 1, parallel.pipeline = 1 alone" in found.means
     assert "--dist-ckpt-optim-fully-reshardable" in found.remedy
 

@@ -21,6 +21,7 @@ _NEAR = 0.9  # of ln V: what a trained model loses on any text is far below it
 _RATE = 1e-3  # of a rate: Megatron logs six digits
 _LOOKED_AT = 1 << 28  # bytes of ids: a second's reading
 # Optimizer states that any layout loads (core 0.13 to 0.20); the others are cut as the layout was.
+_HOW_CUT = ("distrib_optim_sharding_type", "param_state_sharding_type")  # of a checkpoint's common state
 _ANY_LAYOUT = ("fully_sharded_model_space", "fully_reshardable")
 
 
@@ -116,12 +117,12 @@ def padded_rows(subject: Subject) -> Found:
     return ok(f"of {looked:,} tokens none is over the model's {size:,} rows")
 
 
-def _values(content: Any, key: str) -> list[Any]:
-    """Every value of a key in nested dicts and lists."""
+def _kinds(content: Any) -> list[Any]:
+    """Every word on how the optimizer's state is cut, in nested dicts and lists."""
     if isinstance(content, dict):
-        own = [content[key]] if key in content else []
-        return own + [value for one in content.values() for value in _values(one, key)]
-    return [value for one in content for value in _values(one, key)] if isinstance(content, list) else []
+        own = [content[key] for key in _HOW_CUT if key in content]
+        return own + [kind for one in content.values() for kind in _kinds(one)]
+    return [kind for one in content for kind in _kinds(one)] if isinstance(content, list) else []
 
 
 def optimizer(subject: Subject) -> Found:
@@ -136,7 +137,7 @@ def optimizer(subject: Subject) -> Found:
     if begins.iteration is None:
         return ok("it begins anew")
     with TorchDistReader(begins.source) as reader:
-        arguments, kinds = saved_arguments(reader.common), _values(reader.common, "param_state_sharding_type")
+        arguments, kinds = saved_arguments(reader.common), _kinds(reader.common)
     cut = [kind for kind in kinds if kind not in _ANY_LAYOUT]
     saved = {key: arguments.get(f"{key}_model_parallel_size") for key in ("tensor", "pipeline")}
     if begins.same_layout or not cut:
