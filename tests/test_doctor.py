@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import RunFileMaker, as_if_trained, cptain, in_megatron
+from conftest import PROJECT, RunFileMaker, as_if_trained, cptain, in_megatron
 from cptain.checkpoint.saved_files import write_record
 from cptain.data.blend import blend_file
 from cptain.doctor import gpus, machine, of_run
@@ -233,6 +234,12 @@ def test_gpus_are_counted_compared_and_held_against_the_job(
     assert gpus.gpus(Subject()).means == "GPU 1: memory errors that were not corrected"
     smi(name=[name[0], "1, A100, 40960, 0"])
     assert gpus.gpus(Subject()).state == "warn"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpus.gpus(Subject()) == ok("1 × A100")
+    smi(uuid=["0, GPU-a", "1, GPU-b"])
+    found = gpus.arithmetic(Subject())  # torch here has no GPU: as where the driver's libraries are not seen
+    assert found.state == "fail"
+    assert found.means.startswith("GPU 1: ")
 
 
 @pytest.mark.parametrize(("has", "state"), [("13.0", "ok"), ("12.4", "ok"), ("11.8", "fail")])
@@ -251,7 +258,7 @@ def test_a_driver_older_than_torch_s_cuda_is_a_fail(
 
 
 def test_products_are_exact_and_wrong_silent_or_slow_gpus_are_named() -> None:
-    seconds, wrong = product(256)
+    seconds, wrong = product("cpu", 256)
     assert seconds > 0
     assert wrong == ""
     assert judged_products({"0": "0.1|\n", "1": "0.1|\n"}).state == "ok"
@@ -375,6 +382,22 @@ def test_a_job_looks_at_every_node_and_names_the_bad_ones(
     assert not (folder / "submitted").exists()
     assert not (folder / "environment").exists()
     assert not list(folder.parent.rglob("hosts-*"))
+
+
+def test_the_command_itself_says_a_line_on_every_node(make_submission: Callable[..., Submission]) -> None:
+    program = f"""#!/bin/bash
+while [ "$1" != cptain ]; do shift; done
+export PYTHONPATH={PROJECT}/apps
+exec "{sys.executable}" -m "$@"
+"""
+    submission = make_submission(program, {"gpus": 0})
+    jobs = submission.submit_only("doctor")
+    submission.wait()
+    lines = [line for line in submission.said().splitlines() if line.startswith("doctor: ")]
+    assert len(lines) == 2, submission.said()
+    assert all("train: the data and the converted checkpoint not made yet" in line for line in lines), lines
+    assert submission.job(jobs["doctor"])["Exit_status"] == 0, lines
+    assert not (load_run(submission.submit.parent / "run.toml").folder / "data-args.txt").exists()
 
 
 def test_submit_looks_at_nodes_only_when_asked(make_submission: Callable[..., Submission]) -> None:

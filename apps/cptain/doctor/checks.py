@@ -10,8 +10,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,15 +120,6 @@ def _found(check: Check, subject: Subject) -> Found:
         )
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """What libraries print while they are looked at is not the answer."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    yield
-
-
 def _start(check: Check, subject: Subject) -> tuple[int, int]:
     """Begin a check; the process's id, and where its answer is read."""
     answer, own = os.pipe()
@@ -139,8 +130,10 @@ def _start(check: Check, subject: Subject) -> tuple[int, int]:
     try:
         os.setpgid(0, 0)  # with what it starts, so that it can be ended with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with _silent():
-            content = json.dumps(asdict(_found(check, subject))).encode()
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for standard in (1, 2):  # what libraries print is not the answer
+            os.dup2(nothing, standard)
+        content = json.dumps(asdict(_found(check, subject))).encode()
         while content:
             content = content[os.write(own, content) :]
     finally:

@@ -20,9 +20,12 @@ _SLOW = 1.15  # times the median: H100s of one kind differ by a few %
 _LEAVE_OUT = "leave this node out, and tell the site's support"
 
 
-def _listed(columns: str) -> list[list[str]] | None:
-    said = said_by("nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits")
-    return None if said is None else [re.split(r",\s*", line.strip()) for line in said.splitlines() if line.strip()]
+def _listed(columns: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU that this process may use, its index first; none where it does not answer."""
+    said = said_by("nvidia-smi", f"--query-gpu=index,{columns}", "--format=csv,noheader,nounits") or ""
+    rows = [re.split(r",\s*", line.strip()) for line in said.splitlines() if line.strip()]
+    given = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.isdigit()]
+    return [row for row in rows if row[0] in given] if given else rows
 
 
 def _expected(subject: Subject) -> int | None:
@@ -32,7 +35,7 @@ def _expected(subject: Subject) -> int | None:
 
 def gpus(subject: Subject) -> Found:
     """How many there are, and whether they are alike."""
-    rows, expected = _listed("index,name,memory.total,ecc.errors.uncorrected.volatile.total"), _expected(subject)
+    rows, expected = _listed("name,memory.total,ecc.errors.uncorrected.volatile.total"), _expected(subject)
     if not rows:
         if not expected:
             return ok("none, as on a login node; train needs them, or --cpu")
@@ -71,7 +74,7 @@ def driver(subject: Subject) -> Found:
 
 def memory(subject: Subject) -> Found:
     """What others use of the GPUs."""
-    used = [row for row in _listed("index,memory.used") or () if row[1].isdigit() and int(row[1]) > _OTHERS]
+    used = [row for row in _listed("memory.used") if row[1].isdigit() and int(row[1]) > _OTHERS]
     if used:
         shown = ", ".join(f"GPU {index} {int(mib) / 1024:.0f} GiB" for index, mib in used)
         return warn(f"in use before anything of yours: {shown}", "nvidia-smi; a job that was not ended holds it")
@@ -95,8 +98,8 @@ def judged_nccl(version: tuple[int, ...]) -> Found:
     return ok(f"NCCL {shown}")
 
 
-def product(size: int = 8192) -> tuple[float, str]:
-    """On the first GPU that is seen: a product of matrices whose result is known to the bit.
+def product(device: str = "cuda", size: int = 8192) -> tuple[float, str]:
+    """A product of matrices whose result is known to the bit.
 
     Row i of A is all a_i, column j of B all b_j, small whole numbers: every element is size × a_i × b_j, with no
     rounding anywhere in fp32. A wrong one is a broken GPU.
@@ -106,17 +109,16 @@ def product(size: int = 8192) -> tuple[float, str]:
     """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = (torch.arange(size, device=device) % 7 + 1).to(torch.bfloat16)
     columns = (torch.arange(size, device=device) % 5 + 1).to(torch.bfloat16)
     a, b = rows[:, None].expand(size, size).contiguous(), columns[None, :].expand(size, size).contiguous()
     seconds = []
     for _ in range(20):
-        if device.type == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
         result = a @ b
-        if device.type == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     expected = (size * rows.float()[:, None] * columns.float()[None, :]).to(torch.bfloat16)
@@ -129,11 +131,9 @@ _PROGRAM = "from cptain.doctor.gpus import product; seconds, wrong = product(); 
 
 def arithmetic(subject: Subject) -> Found:
     """A product on each GPU at once, each in a process of its own."""
-    indices = [row[0] for row in _listed("index") or ()]
+    indices = [row[0] for row in _listed("uuid")]
     if not indices:
         return ok("no GPU here")
-    # By the numbers that this process was given, where the scheduler gave it some.
-    indices = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one] or indices
     started = [
         subprocess.Popen(
             [sys.executable, "-c", _PROGRAM],

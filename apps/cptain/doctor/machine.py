@@ -100,8 +100,8 @@ def infiniband(subject: Subject) -> Found:
     return ok(f"{len(up)} ports, all up")
 
 
-def _room(folder: Path) -> str:
-    """What is wrong with writing into a folder; empty where nothing is. A quota shows in a write alone."""
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be written into a folder; empty where it can. A full quota shows in a write alone."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # which has no name, where the disk can do without
             file.write(b"\0" * (1 << 20))
@@ -109,13 +109,13 @@ def _room(folder: Path) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    if (free := shutil.disk_usage(folder).free) < _LITTLE:
-        return f"{folder}: {human(free)}B are free"
     return ""
 
 
-def _quota(folder: Path) -> str:
-    """What Lustre says of the user's quota, where it is nearly used up."""
+def _little(folder: Path) -> str:
+    """Where little is left: of the disk, or of what Lustre says of the user's quota."""
+    if (free := shutil.disk_usage(folder).free) < _LITTLE:
+        return f"{folder}: {human(free)}B are free"
     said = said_by("lfs", "quota", "-q", "-u", str(os.getuid()), str(folder)) if shutil.which("lfs") else None
     numbers = [int(word) for word in re.findall(r"(?<=\s)\d+(?=\*?\s)", said or "")]
     if len(numbers) < 3 or not (limit := max(numbers[1:3])) or limit - numbers[0] > _LITTLE >> 10:
@@ -127,14 +127,15 @@ def space(subject: Subject) -> Found:
     """Room in the home, in the caches and where the run is written."""
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache"))
     folders = [Path.home(), next(one for one in (cache, *cache.parents) if one.exists()), subject.work_dir()]
-    wrong = [one for folder in dict.fromkeys(filter(None, folders)) if (one := _room(folder) or _quota(folder))]
+    there = list(dict.fromkeys(filter(None, folders)))
+    remedy = "du -xsh ~/.[!.]* ~/* | sort -h; remove what is large, or set HF_HOME to a folder elsewhere"
+    if wrong := [one for folder in there if (one := _unwritable(folder))]:
+        return fail("; ".join(wrong), remedy)
     if subject.run:
         check_disks([subject.run])
-    if wrong and "are free" not in wrong[0] and "are used" not in wrong[0]:
-        return fail("; ".join(wrong), "du -xsh ~/.[!.]* ~/* | sort -h; remove what is large, or set HF_HOME elsewhere")
-    if wrong:
-        return warn("; ".join(wrong), "du -xsh ~/.[!.]* ~/* | sort -h; remove what is large, or set HF_HOME elsewhere")
-    return ok("in home, cache and work_dir" if subject.run else "in home and cache")
+    if wrong := [one for folder in there if (one := _little(folder))]:
+        return warn("; ".join(wrong), remedy)
+    return ok(f"in {', '.join(map(str, there))}")
 
 
 def _file_system(folder: Path) -> str:

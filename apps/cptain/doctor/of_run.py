@@ -2,16 +2,17 @@
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from cptain.checkpoint.tracker import TRACKER
 from cptain.data.vocabulary import extension_of, read_extension, run_architecture
 from cptain.doctor.checks import Found, Subject, fail, ok, warn
 from cptain.history import read_history, stretches
-from cptain.image import image_here
 from cptain.run_file import RunFile
 from cptain.run_train import Train
 from cptain.scheduling.before_queue import check_before_queue
+from cptain.scheduling.render import check_on_site, image_of
 from cptain.toml_file import validate
 from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.start import beginning
@@ -36,11 +37,8 @@ def site(subject: Subject) -> Found:
     run = _run(subject)
     if subject.site is None:
         return ok("no site was given")
-    subject.site.check(subject.site_name, run.jobs)
-    image = run.jobs.image or image_here()
-    if image is None:
-        return fail("jobs.image: is missing", "make image, and jobs.image = the path of the image")
-    if lines := check_before_queue(run, subject.site, image):
+    check_on_site(run, subject.site, subject.site_name)
+    if lines := check_before_queue(run, subject.site, Path(image_of(run))):
         return warn("; ".join(lines), "cptain doctor where these disks are seen, such as in a job: submit.sh doctor")
     return ok(f"{subject.site_name}: {subject.site}")
 

@@ -16,7 +16,7 @@ MACHINE = (
     Check("driver", gpus.driver),
     Check("GPU memory", gpus.memory),
     Check("InfiniBand", machine.infiniband),
-    Check("NCCL", gpus.nccl, 20.0),
+    Check("NCCL", gpus.nccl, 25.0),
     Check("space", machine.space),
     Check("work_dir", machine.work_dir),
     Check("binds", machine.binds),

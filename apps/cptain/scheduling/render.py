@@ -140,8 +140,8 @@ def chain_length(run: RunFile, estimate: float | None = None) -> int:
     return needed
 
 
-def _check(run: RunFile, site: Site, name: str) -> None:
-    """Refuse what the site or the scheduler would."""
+def check_on_site(run: RunFile, site: Site, name: str) -> None:
+    """Refuse a run that the site or the scheduler would."""
     jobs = run.jobs
     site.check(name, jobs)
     if jobs.walltime and seconds(jobs.margin) >= seconds(jobs.walltime):
@@ -159,7 +159,7 @@ def _check(run: RunFile, site: Site, name: str) -> None:
             bad_usage(f'{key} = "{path}": the jobs would take the $ in it for a variable: rename the folder')
 
 
-def _image(run: RunFile) -> str:
+def image_of(run: RunFile) -> str:
     """The image's path on the host."""
     image = run.jobs.image or image_here()
     if not image:
@@ -170,7 +170,7 @@ def _image(run: RunFile) -> str:
 
 def _warnings(runs: list[RunFile], site: Site, name: str) -> list[str]:
     """What no job says before it is too late; what one would refuse is refused."""
-    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(_image(one)))))
+    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(image_of(one)))))
     check_disks(runs)
     if site.offline:
         where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
@@ -214,7 +214,7 @@ def _scripts(
             deadline=seconds(walltime) - seconds(jobs.margin) if train and walltime else None,
             margin=jobs.margin,
             run_file=run_file,
-            image=_image(run),
+            image=image_of(run),
             modules=site.modules,
             apptainer=site.apptainer,
             binds=site.binds,
@@ -318,7 +318,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     templates = _templates()
     runs = expand(run, file)
     for one in runs:
-        _check(one, site, site_file.stem)
+        check_on_site(one, site, site_file.stem)
     warnings = _warnings(runs, site, site_file.stem)
     texts = []
     for one in runs:
@@ -344,7 +344,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         rendered_by=rendered_by,
         scheduler=site.scheduler,
         group=run.jobs.group,
-        image=_image(run),
+        image=image_of(run),
         delete=_DELETE[site.scheduler],
         apptainer=site.apptainer,
         user_environment=list(
