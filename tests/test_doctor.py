@@ -311,7 +311,7 @@ def test_a_work_dir_that_nodes_do_not_share_or_the_user_may_not_write_is_named(
 
 
 def test_binds_clock_locale_and_keys_are_looked_at(make_run: RunFileMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = load_run(make_run(jobs__image="/nowhere/else/cptain.sif", wandb__project="p"))
+    run = load_run(make_run(model__megatron="/nowhere/else/megatron", wandb__project="p"))
     assert machine.binds(Subject(run)).remedy.startswith("apptainer exec --bind /nowhere ")
     assert machine.clock(Subject()).state == "ok"
     monkeypatch.setattr(machine.time, "time", lambda: 0.0)
@@ -333,7 +333,7 @@ def test_ports_namespaces_and_fuse_are_looked_at(
 ) -> None:
     monkeypatch.setattr(machine, "_INFINIBAND", tmp_path / "ib")
     assert machine.infiniband(Subject()).state == "ok"
-    two = Subject(load_run(make_run(jobs__nodes=2)))
+    two = Subject(load_run(make_run(jobs__nodes=2)), in_job=True)
     assert machine.infiniband(two).state == "warn"
     for card, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
         (tmp_path / "ib" / card / "ports" / "1").mkdir(parents=True)

@@ -116,7 +116,7 @@ def _found(check: Check, subject: Subject) -> Found:
     except Exception as error:
         return warn(
             f"could not be looked at: {type(error).__name__}: {one_line(error)}",
-            "cptain --debug doctor, and report it: it is a defect of cptain",
+            "report it: a defect of cptain",
         )
 
 

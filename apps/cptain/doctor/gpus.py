@@ -28,14 +28,15 @@ def _listed(columns: str) -> list[list[str]]:
     return [row for row in rows if row[0] in given] if given else rows
 
 
-def _expected(subject: Subject) -> int | None:
+def _expected() -> int | None:
+    """How many GPUs of this node the job asked for."""
     asked = os.environ.get("CPTAIN_GPUS", "")
     return int(asked) if asked.isdigit() else None
 
 
 def gpus(subject: Subject) -> Found:
     """How many there are, and whether they are alike."""
-    rows, expected = _listed("name,memory.total,ecc.errors.uncorrected.volatile.total"), _expected(subject)
+    rows, expected = _listed("name,memory.total,ecc.errors.uncorrected.volatile.total"), _expected()
     if not rows:
         if not expected:
             return ok("none, as on a login node; train needs them, or --cpu")
@@ -65,11 +66,9 @@ def driver(subject: Subject) -> Found:
     if int(needs.partition(".")[0]) <= int(has[1]):
         return ok(shown)
     remedy = "an image of an earlier base (make image BASE=…), or nodes with a newer driver"
-    return (
-        warn(f"{shown}: it runs by the image's compat libraries, or not", remedy)
-        if _COMPAT.is_dir()
-        else fail(shown, remedy)
-    )
+    if _COMPAT.is_dir():
+        return warn(f"{shown}: it runs by the image's compat libraries, or not", remedy)
+    return fail(shown, remedy)
 
 
 def memory(subject: Subject) -> Found:

@@ -40,8 +40,8 @@ def apptainer(subject: Subject) -> Found:
     for name in names:
         if shutil.which(name) and (version := said_by(name, "--version")):
             return ok(version.strip())
-    modules = " ".join(subject.site.modules if subject.site else ())
-    remedy = f"module load {modules}" if modules else "module avail apptainer singularity, and module load it"
+    modules = [one for one in (subject.site.modules if subject.site else ()) if re.search("apptainer|singularity", one)]
+    remedy = f"module load {modules[0]}" if modules else "module avail apptainer singularity, and module load it"
     judged = fail if subject.site else warn  # cptain itself runs without one; every job needs it
     return judged(f"no {' or '.join(names)} that answers", f"{remedy}; apptainer in the site file may name its path")
 
@@ -86,11 +86,10 @@ def infiniband(subject: Subject) -> Found:
     up = [port for port, state in states.items() if state == "ACTIVE"]
     down = [f"{port} is {state}" for port, state in states.items() if state != "ACTIVE"]
     if not states:
-        if subject.nodes == 1:
-            return ok("none, and one node needs none")
-        return warn(
-            f"none seen, and the run takes {subject.nodes} nodes: NCCL would use TCP", "ls /sys/class/infiniband"
-        )
+        if not subject.in_job or subject.nodes == 1:
+            return ok("none here; submit.sh doctor looks at the nodes of a job")
+        means = f"none seen, and the run takes {subject.nodes} nodes: NCCL would use TCP"
+        return warn(means, "ls /sys/class/infiniband; where nodes alike have ports, leave this one out")
     if not up:
         return fail(f"no port is up: {', '.join(down)}", "ibstat; leave this node out, and tell the site's support")
     if down:
@@ -166,7 +165,7 @@ def binds(subject: Subject) -> Found:
     if run is None:
         return ok("no run was given")
     paths = [run.work_dir, Path(run.model.hf), Path(run.base_tokenizer), *map(Path, run.data.input)]
-    paths += [path for path in (run.data.output, run.model.megatron, run.jobs.image) if path]
+    paths += [path for path in (run.data.output, run.model.megatron) if path]
     unseen = dict.fromkeys(str(path) for path in paths if path.is_absolute() and not is_here(path))
     if not unseen:
         return ok("every path of the run file is on a disk that is seen")

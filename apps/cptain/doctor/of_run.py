@@ -158,7 +158,7 @@ def masks(subject: Subject) -> Found:
 
 
 def rate_at(train: Train, steps: int, step: int) -> float:
-    """The learning rate after a step, by Megatron's OptimizerParamScheduler (core 0.13 to 0.20).
+    """The learning rate after a step, as Megatron's OptimizerParamScheduler has it (the tests hold this against it).
 
     Args:
         train: the run file's.
@@ -193,6 +193,8 @@ def learning_rate(subject: Subject) -> Found:
     looked = 0
     for start, first, last in stretches(read_history(run.folder), max(logged, default=0)):
         asked = validate(RunFile, start.run, run.folder / "history.jsonl").train
+        if any(word.startswith("--lr-warmup-init") for word in asked.megatron_args):
+            first = max(first, asked.warmup(start.steps) + 1)  # it begins elsewhere than at 0
         for step in sorted(step for step in logged if first <= step <= last):
             looked += 1
             expected = rate_at(asked, start.steps, step)
