@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from cptain.doctor import gpus, machine, of_run
 from cptain.doctor.checks import Check, Found, Result, Subject, fail, look, ok
 from cptain.doctor.gpus import judged_nccl, judged_products, product
 from cptain.doctor.report import MACHINE, RUN, line_of_node, table
+from cptain.history import read_history, write_history
 from cptain.run_file import load_run
 from cptain.scheduling.sites import load_site
 from cptain.training.flags import schedule_rows
@@ -140,6 +142,11 @@ def test_a_learning_rate_that_is_not_the_schedule_s_is_found(own_trained_run: Pa
     found = of_run.learning_rate(Subject(run))
     assert found.state == "fail"
     assert found.means.startswith("step 6 had 0.0009, where the run file's schedule says ")
+    (start,) = read_history(run.folder)
+    write_history(run.folder, [replace(start, run={**start.run, "of_another_release": 1})])
+    other = of_run.learning_rate(Subject(run))
+    assert other.state == "warn"
+    assert "steps 1 to 8 are of another release" in other.means
 
 
 SCHEDULES = [("cosine", None), ("linear", None), ("constant", None)]

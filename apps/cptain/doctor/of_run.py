@@ -8,6 +8,7 @@ from typing import Any
 from cptain.checkpoint.tracker import TRACKER
 from cptain.data.vocabulary import extension_of, read_extension, run_architecture
 from cptain.doctor.checks import Found, Subject, fail, ok, warn
+from cptain.errors import CptainError, one_line
 from cptain.history import read_history, stretches
 from cptain.run_file import RunFile
 from cptain.run_train import Train
@@ -192,7 +193,11 @@ def learning_rate(subject: Subject) -> Found:
     }
     looked = 0
     for start, first, last in stretches(read_history(run.folder), max(logged, default=0)):
-        asked = validate(RunFile, start.run, run.folder / "history.jsonl").train
+        try:
+            asked = validate(RunFile, start.run, run.folder / "history.jsonl").train
+        except CptainError as error:  # of a run file that another release wrote
+            means = f"steps {first:,} to {last:,} are of another release, and not compared: {one_line(error)}"
+            return warn(means, "cptain doctor of the release that trained them (provenance.json)")
         if any(word.startswith("--lr-warmup-init") for word in asked.megatron_args):
             first = max(first, asked.warmup(start.steps) + 1)  # it begins elsewhere than at 0
         for step in sorted(step for step in logged if first <= step <= last):
