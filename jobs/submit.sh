@@ -5,10 +5,12 @@ dry_run='' stages='' state=''
 for argument; do case $argument in
   --dry-run) dry_run=1 ;;
   --state) state=1 ;;
-  preprocess | convert | train | export) stages+=" $argument" ;;
-  *) echo "usage: submit.sh [--dry-run | --state] [preprocess] [convert] [train] [export]   (default: all four)" >&2; exit 2 ;;
+  preprocess | convert | train | export | doctor) stages+=" $argument" ;;
+  *) echo "usage: submit.sh [--dry-run | --state] [preprocess] [convert] [train] [export] | doctor   (default: all four)" >&2; exit 2 ;;
 esac; done
 stages=" ${stages:-preprocess convert train export} "
+doctor=''
+[[ $stages != *" doctor "* ]] || { doctor=1 stages=' doctor '; }  # alone: it looks, and changes nothing of the jobs there are
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 unset RUN IMAGE LAST  # of this shell's: the scripts have their own
@@ -24,7 +26,7 @@ if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table o
     (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit
 fi
-if [ -z "$dry_run" ]; then
+if [ -z "$dry_run$doctor" ]; then
   [ -e /gs/bs/tga-okazaki/ma/cptain.sif ] || fail '/gs/bs/tga-okazaki/ma/cptain.sif: no such image (make image builds it)'
   qstat > /dev/null || fail "the scheduler does not answer"
   while read -r name id _; do
@@ -38,7 +40,7 @@ last=''
 
 keep() {  # FOLDER: the user's variables and tokens, for the jobs whose scripts are there; qstat -f shows those of -v to everyone
   local name
-  [ -z "${kept[$1]-}" ] || return 0
+  [ -z "${kept[$1]-}$doctor" ] || return 0
   kept[$1]=1
   rm -f "$1/environment"
   (umask 077 && for name in $(compgen -e); do case $name in
@@ -58,7 +60,7 @@ submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once 
   id=$(cd "$folder" && "${command[@]}")
   ids[$name]=$id
   echo "$name ${ids[$name]}"
-  echo "$name ${ids[$name]} $(dirname "$script")" >> "$submitted"
+  [ "$doctor" ] || echo "$name ${ids[$name]} $(dirname "$script")" >> "$submitted"
 }
 
 finish() {  # SUFFIX CHAIN FOLDER SCRIPTS [NAME...]: a run's train jobs, one after the other, and its export
@@ -74,4 +76,5 @@ finish() {  # SUFFIX CHAIN FOLDER SCRIPTS [NAME...]: a run's train jobs, one aft
 
 submit preprocess 1 . "$here"/preprocess.sh
 submit convert 1 . "$here"/convert.sh
+submit doctor 1 . "$here"/doctor.sh
 finish '' 2 . "$here" preprocess convert

@@ -14,7 +14,7 @@ FLOORS = (
     "checkpoint",
     "training",
     "scheduling",
-    "plan.py report",
+    "plan.py report doctor",
     "cli.py cli_about_runs.py option_types.py __main__.py",
 )
 

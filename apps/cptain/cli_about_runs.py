@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from cptain.errors import Interrupted
-from cptain.option_types import load, run_options, site_option
+from cptain.option_types import load, run_options, set_option, site_option
 
 
 @click.command("plan")
@@ -86,13 +86,43 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.option("--site", metavar="NAME|FILE", required=True, help="A site under jobs/sites, or a file of your own.")
-def doctor(site: str) -> None:
-    """Check a site file, and print what the site is.
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@set_option
+@site_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--nodes",
+    is_flag=True,
+    help="As a node of a job: one line, and exit status 0 whatever it says. submit.sh doctor does this everywhere.",
+)
+def doctor(run: Path | None, overrides: tuple[str, ...], site: str | None, as_json: bool, nodes: bool) -> None:
+    """Look for what would make a training fail, or go wrong in silence; say what to do.
 
-    Exit status 2 where a key of it is wrong, with a line for each.
+    Without RUN this machine is looked at; with it the run too, which is not changed. --site without RUN checks a site
+    file, and prints what the site is. Every check has a time limit, and all take half a minute.
+
+    Exit status 1 where a check fails, and 0 where some only warn; 2 where the run file or the site file is wrong.
     """
     from cptain.scheduling.sites import load_site
 
-    checked, file = load_site(site)
-    click.echo(f"{file}: {checked}")
+    if site and not run:
+        checked, file = load_site(site)
+        click.echo(f"{file}: {checked}")
+        return
+    from cptain.doctor.checks import Subject
+    from cptain.doctor.report import as_json as document
+    from cptain.doctor.report import check_none_failed, examine, line_of_node, table
+
+    loaded = load(run, overrides) if run else None
+    # A job's nodes are what they are, whatever site the jobs were rendered for.
+    name = None if nodes else site or (loaded.jobs.site if loaded else None)
+    subject = Subject(loaded, in_job=nodes)
+    if name:
+        checked, file = load_site(name)
+        subject = Subject(loaded, checked, file.stem, nodes)
+    results = examine(subject)
+    if nodes:
+        click.echo(line_of_node(results))
+        return
+    click.echo(document(results) if as_json else table(results))
+    check_none_failed(results)

@@ -49,7 +49,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         self.fail(f"{value!r}: allowed: a number with MB, GB or TB, such as 5GB", param, context)
 
 
-_set_option = click.option(
+set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
@@ -63,7 +63,7 @@ site_option = click.option(
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """RUN and --set, which every stage takes."""
-    return click.argument("run", type=click.Path(path_type=Path))(_set_option(command))
+    return click.argument("run", type=click.Path(path_type=Path))(set_option(command))
 
 
 def load(file: Path, overrides: tuple[str, ...]) -> Any:

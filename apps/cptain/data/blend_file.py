@@ -17,17 +17,17 @@ from cptain.data.stages import identity, parts_to_train, stages
 from cptain.run_file import RunFile
 
 
-def write_blend(run: RunFile, records: list[Record], steps: int) -> tuple[str, str]:
-    """Write the file, and return the flag and the path that the training script gets.
+def blend_flag(run: RunFile, records: list[Record], steps: int, write: bool = True) -> tuple[str, str]:
+    """The flag and the path that the training script gets; the file is written, unless it is not to be.
 
     Raises:
         CptainError: see `cptain.data.stages.stages`.
     """
     if run.train.script is not None:
         file = run.folder / "data-args.txt"
-        atomic.write_text(
-            file, "".join(f"{weight:.12g} {shlex.quote(prefix)}\n" for weight, prefix in _files(run, records))
-        )
+        lines = [f"{weight:.12g} {shlex.quote(prefix)}\n" for weight, prefix in _files(run, records)]
+        if write:
+            atomic.write_text(file, "".join(lines))
         return "--data-args-path", str(file)
     content: dict[str, Any] = {"files": _files(run, records)}
     if not isinstance(run.data.mix, str):
@@ -46,7 +46,8 @@ def write_blend(run: RunFile, records: list[Record], steps: int) -> tuple[str, s
             for plan in stages(run, found, steps)
         ]
     file = run.folder / "blend.json"
-    atomic.write_json(file, content)
+    if write:
+        atomic.write_json(file, content)
     return "--blend", str(file)
 
 

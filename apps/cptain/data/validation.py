@@ -185,10 +185,15 @@ def _to_validate(name: str, one: RunFile, records: list[Record], left_out: dict[
     return ToValidate(name, parts, tokens, texts, sum(map(len, left_out.values())))
 
 
+def validation_file(run: RunFile, sets: list[ToValidate]) -> Path | None:
+    """<run>/validation-sets.json; None where there are no sets."""
+    return run.folder / "validation-sets.json" if sets else None
+
+
 def write_validation(run: RunFile, sets: list[ToValidate]) -> Path | None:
     """Write <run>/validation-sets.json for the training script, and return its path; None where there are no sets."""
-    if not sets:
+    file = validation_file(run, sets)
+    if file is None:
         return None
-    file = run.folder / "validation-sets.json"
     atomic.write_json(file, [{"name": one.name, "parts": one.parts} for one in sets])
     return file

@@ -29,6 +29,8 @@ from cptain.scheduling.sweep import expand
 from cptain.toml_file import seconds
 
 STAGES = ("preprocess", "convert", "train", "export")
+_SCRIPTS = (*STAGES, "doctor")  # doctor's looks at the nodes that train's would get
+_DOCTOR_WALLTIME = "00:10:00"
 _CHAIN_UNKNOWN = 2  # train jobs, where nothing tells how long a step takes
 _LONGEST_CHAIN = 100
 _ARRAY_INDEX = {"pbs": "$PBS_ARRAY_INDEX", "gridengine": "$SGE_TASK_ID", "slurm": "$SLURM_ARRAY_TASK_ID"}
@@ -138,8 +140,8 @@ def chain_length(run: RunFile, estimate: float | None = None) -> int:
     return needed
 
 
-def _check(run: RunFile, site: Site, name: str) -> None:
-    """Refuse what the site or the scheduler would."""
+def check_on_site(run: RunFile, site: Site, name: str) -> None:
+    """Refuse a run that the site or the scheduler would."""
     jobs = run.jobs
     site.check(name, jobs)
     if jobs.walltime and seconds(jobs.margin) >= seconds(jobs.walltime):
@@ -158,7 +160,7 @@ def _check(run: RunFile, site: Site, name: str) -> None:
             bad_usage(f'{key} = "{path}": the jobs would take the $ in it for a variable: rename the folder')
 
 
-def _image(run: RunFile) -> str:
+def image_of(run: RunFile) -> str:
     """The image's path on the host."""
     image = run.jobs.image or image_here()
     if not image:
@@ -169,7 +171,7 @@ def _image(run: RunFile) -> str:
 
 def _warnings(runs: list[RunFile], site: Site, name: str) -> list[str]:
     """What no job says before it is too late; what one would refuse is refused."""
-    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(_image(one)))))
+    lines = list(dict.fromkeys(line for one in runs for line in check_before_queue(one, site, Path(image_of(one)))))
     check_disks(runs)
     if site.offline:
         where = "the hub and Weights & Biases are offline in its jobs (wandb sync sends what they keep)"
@@ -188,14 +190,15 @@ def _scripts(
     jobs = run.jobs
     array = jobs.shards > 1 and site.scheduler != "local"
     scripts = {}
-    for stage in STAGES:
-        train = stage == "train"
+    for stage in _SCRIPTS:
+        train, on_its_nodes = stage == "train", stage in ("train", "doctor")
         options = {
             "preprocess": f' --shard "{_ARRAY_INDEX.get(site.scheduler)}/{jobs.shards}"' if array else "",
             "export": " --iteration final",
         }
-        walltime = jobs.walltime if train else _shortest(site.cpu_walltime, site.max_walltime)
-        directives = site.train_directives(jobs.nodes, jobs.reservation) if train else site.cpu
+        longest = _DOCTOR_WALLTIME if stage == "doctor" else site.cpu_walltime
+        walltime = jobs.walltime if train else _shortest(longest, site.max_walltime)
+        directives = site.train_directives(jobs.nodes, jobs.reservation) if on_its_nodes else site.cpu
         scripts[f"{stage}.sh"] = templates.get_template("stage.sh.j2").render(
             stage=stage,
             name=run.name,
@@ -212,7 +215,7 @@ def _scripts(
             deadline=seconds(walltime) - seconds(jobs.margin) if train and walltime else None,
             margin=jobs.margin,
             run_file=run_file,
-            image=_image(run),
+            image=image_of(run),
             modules=site.modules,
             apptainer=site.apptainer,
             binds=site.binds,
@@ -245,6 +248,7 @@ def _submissions(rendered: list[_Rendered], submit_folder: Path) -> list[str]:
                 made[stage, folder] = f"{stage}{suffix}"
                 lines.append(f"submit {stage}{suffix} 1 {here(one.logs)} {here(one.folder / f'{stage}.sh')}")
             inputs.append(made[stage, folder])
+        lines.append(f"submit doctor{suffix} 1 {here(one.logs)} {here(one.folder / 'doctor.sh')}")
         suffix = suffix or "''"
         lines.append(f"finish {suffix} {one.chain} {here(one.logs)} {here(one.folder)} {' '.join(inputs)}")
     return lines
@@ -315,7 +319,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
     templates = _templates()
     runs = expand(run, file)
     for one in runs:
-        _check(one, site, site_file.stem)
+        check_on_site(one, site, site_file.stem)
     warnings = _warnings(runs, site, site_file.stem)
     texts = []
     for one in runs:
@@ -341,7 +345,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         rendered_by=rendered_by,
         scheduler=site.scheduler,
         group=run.jobs.group,
-        image=_image(run),
+        image=image_of(run),
         delete=_DELETE[site.scheduler],
         apptainer=site.apptainer,
         user_environment=list(

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cptain.data.blend_file import write_blend
+from cptain.data.blend_file import blend_flag
 from cptain.data.check import check_data
 from cptain.data.epochs import first_lines
 from cptain.data.steps import train_steps
 from cptain.data.trained_on import other_data, trained_on
-from cptain.data.validation import check_validation, write_validation
+from cptain.data.validation import check_validation, validation_file, write_validation
 from cptain.data.vocabulary import run_architecture
 from cptain.errors import CptainError, bad_usage
 from cptain.history import read_history, stretches
@@ -190,6 +190,7 @@ def prepare(
     nproc_per_node: int | None = None,
     dry_run: bool = False,
     accepted: tuple[str, ...] = (),
+    write: bool = True,
 ) -> Command:
     """Check the run's inputs and build its command.
 
@@ -199,6 +200,7 @@ def prepare(
         nproc_per_node: processes; default: this machine's GPUs, or with `cpu` as many as hold one copy of the model.
         dry_run: do without a GPU where there is none.
         accepted: what would be refused and is not: "data", that a run goes on with other data.
+        write: the files that the command names; False writes nothing, and the command is to be looked at alone.
 
     Raises:
         CptainError: anything missing, damaged or impossible, before a process is started.
@@ -224,7 +226,8 @@ def prepare(
         layout=layout,
         cpu=gpu_bytes is None,
     )
-    own = _own_flags(run, cpu, write_blend(run, records, steps), write_validation(run, sets))
+    validation = write_validation(run, sets) if write else validation_file(run, sets)
+    own = _own_flags(run, cpu, blend_flag(run, records, steps, write), validation)
     last = [*_until_deadline(), *((one,) for one in run.train.megatron_args)]
     torchrun, interface = _torchrun(nodes, processes)
     return Command(
