@@ -5,6 +5,7 @@ absolute. `load_run` is the only way in: it raises `CptainError` (exit status 2)
 key, value and what is allowed.
 """
 
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -127,16 +128,26 @@ class Data(Section):
 
 
 class Parallel(Section):
-    """How the model is cut over GPUs: tensor × pipeline × context of them hold one copy."""
+    """How the model is cut over GPUs: tensor × pipeline × context of them hold one copy.
+
+    expert: over how many of the GPUs that otherwise have equal weights (copies × context) the experts of a mixture are
+        shared out.
+    """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     context: PositiveInt = 1
+    expert: PositiveInt = 1
 
     @property
     def model_size(self) -> int:
         """GPUs that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_gpus(self) -> int:
+        """GPUs that a training needs: those of one copy, or of as many as share the experts."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
 
 class Wandb(Section):
