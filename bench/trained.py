@@ -1,8 +1,10 @@
 """Trained by Megatron-LM from our conversion, exported, and compared: the same run with several trees of Megatron-LM.
 
     make bench BENCH='trained --steps 50 --megatron fork=TREE --megatron main=TREE'
+    make bench BENCH='trained --steps 50 --experts qwen3_moe --expert-parallel 1'
 
-The model is a Llama 3.1 of random weights, the text what every Python carries (`runs/demo.py`). Each Megatron begins
+The model is a Llama 3.1 of random weights, or a mixture of experts; the text is what every Python carries
+(`runs/demo.py`). Each Megatron begins
 from the same converted checkpoint; its last checkpoint is exported, every tensor of the export compared with it bit by
 bit, and the logits of transformers with megatron.core's on the same tokens (`cptain verify --logits`). Without --cpu it
 trains as runs do: on the GPU, in bf16, with Transformer Engine.
@@ -45,12 +47,29 @@ def measure(file: Path, megatron: str | None, cpu: list[str]) -> RunFile:
     return described
 
 
+def make_experts(folder: Path, kind: str, sizes: dict[str, int]) -> None:
+    """Put a mixture of experts in the place of a model, whose tokenizer stays: 16 experts, of which a token gets 4."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    same = {name: config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    experts = {"num_local_experts": 16, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.01}
+    if kind == "qwen3_moe":
+        experts |= {"num_experts": 16, "moe_intermediate_size": sizes["intermediate_size"] // 4, "norm_topk_prob": True}
+        del experts["num_local_experts"]
+    torch.manual_seed(1234)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **same, **experts)).save_pretrained(folder)
+
+
 def main() -> None:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", action="append", default=[], metavar="NAME=TREE", help="beside the installed one")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--experts", choices=["qwen3_moe", "mixtral"], help="a mixture of experts of this kind")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="parallel.expert")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=128)
@@ -67,7 +86,10 @@ def main() -> None:
         "num_key_value_heads": max(1, heads // 4),
     }
     make_model(folder / "model", make_text(folder / "text"), **sizes)
+    if arguments.experts:
+        make_experts(folder / "model", arguments.experts, sizes)
     content = {
+        "parallel": {"expert": arguments.expert_parallel},
         "work_dir": str(folder),
         "model": {"hf": str(folder / "model"), "megatron": str(folder / "megatron")},
         "data": {

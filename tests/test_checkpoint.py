@@ -243,7 +243,7 @@ def test_metadata_has_every_chunk_and_object_and_its_place(tmp_path: Path) -> No
     writer = TorchDistWriter(100)
     for row in (0, 2):
         writer.add_chunk("a.weight", (4, 3), (row, 0), (2, 3), torch.bfloat16, 2, rows_of(torch.zeros(2, 3)))
-    writer.add_object("a._extra_state", 0, 1, None)
+    writer.add_object("a._extra_state", (0,), (1,), None)
     writer.finish(tmp_path, {})
     written = pickle.loads((tmp_path / ".metadata").read_bytes())
     size, boxes = torch.Size([4, 3]), [(torch.Size([row, 0]), torch.Size([2, 3])) for row in (0, 2)]

@@ -100,7 +100,7 @@ def test_whatever_bit_of_an_archive_is_flipped_its_values_are_those_written_or_r
     def values() -> list[float]:
         with TorchDistReader(folder) as reader:
             buffer = torch.empty(last - first, dtype=torch.uint8)
-            reader.read(key, None, 0, reader.shape(key)[0], buffer)
+            reader.read(key, (), 0, reader.shape(key)[0], buffer)
             reader.check_members(1)
         return buffer.tolist()
 

@@ -18,7 +18,16 @@ from cptain.model.sizes import parameters
 from cptain.run_file import load_run
 from cptain.training.flags import check_parallel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -124,6 +133,41 @@ MODELS = {
         head_dim=8,
         max_position_embeddings=40960,
     ),
+    "Mixtral 8x7B, Swallow MX": shrunk(
+        MixtralConfig,
+        1000000.0,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.02,
+    ),
+    "Qwen3 30B-A3B": shrunk(
+        Qwen3MoeConfig,
+        1000000.0,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=40960,
+        moe_intermediate_size=24,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+    ),
+    "Qwen3-MoE of other probabilities": shrunk(
+        Qwen3MoeConfig,
+        1000000.0,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.0,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -198,7 +242,11 @@ def test_a_family_comes_back_bit_for_bit_with_its_own_config(converted: dict[str
 
 @pytest.mark.parametrize(
     ("name", "processes", "tensor"),
-    [("Qwen2.5 0.5B", 2, "self_attn.k_proj.bias"), ("Qwen3 0.6B", 1, "self_attn.q_norm.weight")],
+    [
+        ("Qwen2.5 0.5B", 2, "self_attn.k_proj.bias"),
+        ("Qwen3 0.6B", 1, "self_attn.q_norm.weight"),
+        ("Mixtral 8x7B, Swallow MX", 1, "block_sparse_moe.gate.weight"),
+    ],
 )
 def test_a_family_trains_with_the_flags_of_its_config(
     converted: dict[str, Path], make_ready_run: RunFileMaker, model: Path, name: str, processes: int, tensor: str
@@ -247,9 +295,28 @@ def test_a_family_trains_with_the_flags_of_its_config(
         ),
         (
             "Qwen3 8B",
-            {"architectures": ["Qwen3MoeForCausalLM"]},
-            'architectures = ["Qwen3MoeForCausalLM"]: not supported: supported: LlamaForCausalLM, MistralForCausalLM, ',
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            'architectures = ["Qwen2MoeForCausalLM"]: not supported: supported: LlamaForCausalLM, MistralForCausalLM, ',
         ),
+        ("Qwen3 30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: not supported: only 1"),
+        ("Qwen3 30B-A3B", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]: not supported: only []"),
+        (
+            "Qwen3 30B-A3B",
+            {"shared_expert_intermediate_size": 64},
+            "shared_expert_intermediate_size = 64: not supported: only null",
+        ),
+        ("Qwen3 30B-A3B", {"num_experts_per_tok": 17}, "num_experts_per_tok = 17: not supported: there are 16 experts"),
+        (
+            "Qwen3 30B-A3B",
+            {"num_experts_per_tok": 1},
+            "num_experts_per_tok = 1: not supported: Megatron has no single expert whose probability is made 1",
+        ),
+        (
+            "Qwen3 30B-A3B",
+            {"num_experts": 8, "num_local_experts": 16},
+            "num_experts = 8 and num_local_experts = 16: transformers 4 reads the one, and 5 the other: make them say",
+        ),
+        ("Mixtral 8x7B, Swallow MX", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1: not supported: only 0"),
         ("Llama 2 7B", {"architectures": [["Llama"]]}, 'architectures = [["Llama"]]: not supported: '),
     ],
 )

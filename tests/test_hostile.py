@@ -45,7 +45,7 @@ def write_sound(folder: Path) -> Path:
         rows = torch.arange(row, row + 6.0).reshape(2, 3)
         writer.add_chunk("layers.weight", (4, 3), (row, 0), (2, 3), rows.dtype, 2, rows_of(rows))
     writer.add_chunk("norm.weight", (5,), (0,), (5,), torch.float32, 5, rows_of(torch.arange(5.0)))
-    writer.add_object("layers._extra_state", 0, 1, None)
+    writer.add_object("layers._extra_state", (0,), (1,), None)
     write_files(folder, writer.files, 1, Progress("test", 1, "B").advance)
     writer.finish(folder, {"args": None, "iteration": 3})
     return folder
@@ -66,7 +66,7 @@ def read_all(folder: Path) -> None:
     with TorchDistReader(folder) as reader:
         for name in reader.names():
             shape, dtype = reader.shape(name), reader.dtype(name)
-            reader.read(name, None, 0, shape[0], torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8))
+            reader.read(name, (), 0, shape[0], torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8))
         reader.check_objects()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import RunFileMaker, cptain
 from cptain.errors import CptainError
-from cptain.scheduling.state import read_states
+from cptain.scheduling.state import read_states, table
 from stand_ins import (
     Submission,
     apptainer_of,
@@ -157,3 +157,12 @@ def test_grid_engine_s_walltime_is_told_from_qdel(status: int, failed: str, seco
     text = f"{'=' * 62}\njobnumber    5\nfailed       {failed}\nexit_status  {status}\nru_wallclock {seconds}s\n"
     text += "category     -u jobuser -l h_rt=600,node_f=1\n"
     assert [state.word for state in read_states(text)] == [word]
+
+
+def test_a_task_that_is_not_in_grid_engine_s_accounts_yet_is_unknown_and_not_done(tmp_path: Path) -> None:
+    submitted = tmp_path / "submitted"
+    submitted.write_text("preprocess 5\n")
+    (tmp_path / "preprocess.sh").write_text("#!/bin/bash\n#$ -cwd\n#$ -t 1-2\n")
+    told = f"{'=' * 62}\njobnumber    5\ntaskid       1\nfailed       0\nexit_status  0\n"
+    assert table(submitted, told) == ["preprocess  5  1 done, 1 unknown"]
+    assert table(submitted, told + told.replace("taskid       1", "taskid       2")) == ["preprocess  5  2 done"]

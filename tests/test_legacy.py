@@ -66,7 +66,7 @@ def read(
     """Rows of a tensor, or of one layer of it; all of them unless told."""
     shape = reader.shape(key)[0 if layer is None else 1 :]
     rows = torch.empty(((shape[0] if stop is None else stop) - first, *shape[1:]), dtype=reader.dtype(key))
-    reader.read(key, layer, first, first + len(rows), rows.view(-1).view(torch.uint8))
+    reader.read(key, () if layer is None else (layer,), first, first + len(rows), rows.view(-1).view(torch.uint8))
     return rows
 
 
@@ -204,6 +204,10 @@ def test_a_damaged_or_hostile_legacy_checkpoint_is_refused_and_runs_nothing(
         ({"model0": {}, "model1": {}}, "virtual pipeline stages are not read"),
         ({"model": {"language_model": {}}}, "it is of a model from before megatron.core (language_model)"),
         ({"model": {}}, "it holds no tensors of a model"),
+        (
+            {"model": {"decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight": torch.zeros(2, 3)}},
+            "a mixture of experts is read from torch_dist alone",
+        ),
         ({"model": {"output_layer.weight": 1}}, "'output_layer.weight': not a tensor"),
         ({"model": {"a\nb": torch.zeros(2)}}, r"'a\nb': not a tensor"),
         ({"model": {"output_layer.weight": torch.zeros(0, 3)}}, "output_layer.weight: a part of shape [0, 3]"),

@@ -53,7 +53,7 @@ def converted_rows(file: Path, name: str) -> torch.Tensor:
     with TorchDistReader(load_run(file).megatron_folder / "release") as reader:
         key = MEGATRON[name]
         rows = torch.empty(reader.shape(key), dtype=reader.dtype(key))
-        reader.read(key, None, 0, len(rows), rows.view(-1).view(torch.uint8))
+        reader.read(key, (), 0, len(rows), rows.view(-1).view(torch.uint8))
         return rows
 
 

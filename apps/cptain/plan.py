@@ -13,7 +13,7 @@ from cptain.data.manifest import read_manifest
 from cptain.data.steps import known_steps
 from cptain.data.vocabulary import run_architecture
 from cptain.errors import CptainError
-from cptain.model.sizes import parameters
+from cptain.model.sizes import active_parameters, parameters
 from cptain.progress import human
 from cptain.run_file import RunFile
 from cptain.scheduling.on_site import OnSite, on_site
@@ -145,6 +145,7 @@ def plan(run: RunFile, site: Site | None) -> Document:
     return {
         "name": run.name,
         "parameters": parameters(here.architecture),
+        "active_parameters": active_parameters(here.architecture),
         "nodes": run.jobs.nodes if site else None,
         "gpus": here.layout.gpus,
         "layout": asdict(here.layout),
@@ -230,7 +231,9 @@ def _trained_lines(trained: list[Document]) -> Iterator[str]:
 def lines(document: Document) -> Iterator[str]:
     """A plan for people."""
     layout, nodes = document["layout"], document["nodes"]
-    yield f"model        {document['parameters']:,} parameters"
+    active = document["active_parameters"]
+    some = f", of which {active:,} compute a token" if active < document["parameters"] else ""
+    yield f"model        {document['parameters']:,} parameters{some}"
     where = (
         f"{document['gpus']} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
         if nodes
@@ -246,7 +249,7 @@ def lines(document: Document) -> Iterator[str]:
             name, but = "perhaps      ", ", if it communicates like the nearest measured layout: it was not measured"
         step = f"{proposal['step_seconds']:,.2f} s a step, {proposal['peak']:,.1f} GiB"
         yield f"{name}{proposal['shown']}: {step}{but}"
-    if document["memory"]["gpu"] and not document["fastest"]:
+    if document["memory"]["gpu"] and document["time"] and not document["fastest"]:
         yield "fastest      none that fits these GPUs"
     yield from _time_lines(document["time"], nodes)
     yield from _data_lines(document)

@@ -24,7 +24,7 @@ from cptain import atomic
 from cptain.errors import bad_usage
 from cptain.run_model import Model
 from cptain.run_stages import Stage, check_stages
-from cptain.run_train import HOW_LONG, Train
+from cptain.run_train import HOW_LONG, Parallel, Train
 from cptain.run_values import AbsolutePath, Glob, PairGlob, SiteNameOrFile, Split, VariableName
 from cptain.toml_file import Duration, Section, read_toml, shown, table_of, validate
 
@@ -146,19 +146,6 @@ class Data(Section):
                 f'split = "{self.split}": with [[data.validation]] all of data.input is trained on: leave it out'
             )
         return self
-
-
-class Parallel(Section):
-    """How the model is cut over GPUs: tensor × pipeline × context of them hold one copy."""
-
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    context: PositiveInt = 1
-
-    @property
-    def model_size(self) -> int:
-        """GPUs that hold one copy of the model."""
-        return self.tensor * self.pipeline * self.context
 
 
 class Wandb(Section):

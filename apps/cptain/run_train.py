@@ -1,9 +1,10 @@
-"""The run file's [train]: how long, with which batches, and by which schedule and optimizer.
+"""The run file's [train] and [parallel]: how long, with which batches, schedule and optimizer, and cut over which GPUs.
 
 What depends on the length of the run (a warm-up or a decay given as a share of it) is worked out here, for whoever has
 counted its steps; `cptain.training.flags` says it to Megatron, and the model card to people.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -185,3 +186,26 @@ class Train(Section):
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.seq_length * self.global_batch_size
+
+
+class Parallel(Section):
+    """How the model is cut over GPUs: tensor × pipeline × context of them hold one copy.
+
+    expert: over how many of the GPUs that otherwise have equal weights (copies × context) the experts of a mixture are
+        shared out.
+    """
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+
+    @property
+    def model_size(self) -> int:
+        """GPUs that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_gpus(self) -> int:
+        """GPUs that a training needs: those of one copy, or of as many as share the experts."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)

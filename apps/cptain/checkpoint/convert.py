@@ -17,7 +17,7 @@ import torch
 
 from cptain import __version__
 from cptain.atomic import atomic_folder, remove_stale_partials
-from cptain.checkpoint.mapping import FINAL_EXTRA_STATES, LAYER_EXTRA_STATES, model_order, row_ranges, rules
+from cptain.checkpoint.mapping import extra_states, model_order, row_ranges, rules
 from cptain.checkpoint.new_rows import ExtendedReader
 from cptain.checkpoint.release import SOURCE, is_converted, source_of
 from cptain.checkpoint.rows import Run, chunk_rows, overlapping, row_runs
@@ -47,8 +47,8 @@ def check_tensors(reader: SafetensorsReader, architecture: Architecture) -> None
     for rule in rules(architecture):
         shapes = rule.hf_shapes(architecture)
         dtype = None
-        for layer in rule.layers(architecture):
-            for name, shape in zip(rule.hf_names(layer), shapes, strict=True):
+        for index in rule.indices(architecture):
+            for name, shape in zip(rule.hf_names(index), shapes, strict=True):
                 known.add(name)
                 if name not in names:
                     raise CptainError(f"{reader.folder}: {name}: missing, and config.json needs it")
@@ -90,7 +90,7 @@ def _megatron_args(architecture: Architecture) -> argparse.Namespace:
 
 
 def fill_from_hf(reader: SafetensorsReader, names: list[str], runs: list[Run], first_row: int, row_bytes: int) -> Fill:
-    """Where rows of a Megatron tensor's layer, counted from `first_row`, come from in the model."""
+    """Where rows of one index of a Megatron tensor, counted from `first_row`, come from in the model."""
 
     def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
         for run, begin, end in overlapping(runs, first_row + first, first_row + stop):
@@ -102,26 +102,20 @@ def fill_from_hf(reader: SafetensorsReader, names: list[str], runs: list[Run], f
 
 
 def plan(reader: SafetensorsReader, architecture: Architecture) -> TorchDistWriter:
-    """Every chunk of the checkpoint: a layer's part of a Megatron tensor, or 256 MB of a larger one."""
+    """Every chunk of the checkpoint: a layer's or an expert's part of a Megatron tensor, or 256 MB of a larger one."""
     writer = TorchDistWriter(reader.bytes)
     runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
-    for rule, layer in model_order(architecture):
-        shape, names = rule.megatron_shape(architecture), rule.hf_names(layer)
-        dtype, layered = reader.dtype(names[0]), (1,) if rule.layered else ()
-        row_shape = shape[len(layered) + 1 :]
+    for rule, index in model_order(architecture):
+        shape, names = rule.megatron_shape(architecture), rule.hf_names(index)
+        dtype, row_shape = reader.dtype(names[0]), shape[len(index) + 1 :]
         for begin, height in chunk_rows(runs[rule.key], rule, architecture):
             for first, stop in row_ranges((height, *row_shape), dtype):
-                offset = (*((layer,) if rule.layered else ()), begin + first, *(0,) * len(row_shape))
+                offset = (*index, begin + first, *(0,) * len(row_shape))
+                chunk = (*(1,) * len(index), stop - first, *row_shape)
                 fill = fill_from_hf(reader, names, runs[rule.key], begin + first, prod(row_shape) * dtype.itemsize)
-                writer.add_chunk(
-                    rule.key, shape, offset, (*layered, stop - first, *row_shape), dtype, stop - first, fill
-                )
-    layers = architecture.num_layers
-    for key in LAYER_EXTRA_STATES:
-        for layer in range(layers):
-            writer.add_object(key, layer, layers, None)
-    for key in FINAL_EXTRA_STATES:
-        writer.add_object(key, 0, 1, None)
+                writer.add_chunk(rule.key, shape, offset, chunk, dtype, stop - first, fill)
+    for key, index, shards in extra_states(architecture):
+        writer.add_object(key, index, shards, None)
     return writer
 
 

@@ -43,7 +43,8 @@ from cptain.data.steps import train_steps
 from cptain.data.tokenizer import is_tokenizer_file
 from cptain.data.vocabulary import extension_of, run_architecture
 from cptain.errors import CptainError
-from cptain.model.architecture import model_folder, read_config
+from cptain.model.architecture import Architecture, model_folder, read_config
+from cptain.model.families import FAMILIES
 from cptain.progress import Progress, duration, human
 from cptain.run_file import CHECKPOINTS, RunFile
 
@@ -72,15 +73,17 @@ def _rounded(name: str, fill: Fill, before: torch.dtype, after: torch.dtype) -> 
     return fill if before == after else converted
 
 
-def config_json(base: Path, dtype: torch.dtype, vocab_size: int) -> str:
-    """The base's config.json with the model's vocab_size, and with dtype and rotation in the words of transformers 4
-    and of 5: either would take its default, without a word, for a key that only the other has."""
+def config_json(base: Path, dtype: torch.dtype, architecture: Architecture) -> str:
+    """The base's config.json with the model's vocab_size, and with dtype, rotation and number of experts in the words
+    of transformers 4 and of 5: either would take its default, without a word, for a key that only the other has."""
     config = read_config(base)
-    config["vocab_size"] = vocab_size
+    config["vocab_size"] = architecture.vocab_size
+    if family := FAMILIES[config["architectures"][0]].experts:
+        config |= dict.fromkeys(family.count, architecture.experts)
     config["torch_dtype"] = config["dtype"] = str(dtype).removeprefix("torch.")
     rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = config.get("rope_theta") or rope.pop("rope_theta", 10000.0)
+    theta = config.get("rope_theta") or rope.pop("rope_theta", architecture.rotary_base)
     rope.pop("rope_theta", None)
     config["rope_theta"] = theta
     config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
@@ -194,7 +197,7 @@ def export(
             dtype,
             shard_bytes,
         )
-        config = config_json(base, dtype, architecture.vocab_size)
+        config = config_json(base, dtype, architecture)
         if not force and is_done(target, carried, writer, config, workers):
             reader.check_members(workers)
             if not has_certificate(target):  # written by an earlier version

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cptain.checkpoint.folder_files import FolderFiles
-from cptain.checkpoint.mapping import Shape
+from cptain.checkpoint.mapping import Index, Shape
 from cptain.checkpoint.rows import Run, overlapping
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.torch_save import SavedArchive, SavedTensor, Stub
@@ -143,12 +143,12 @@ class LegacyReader(FolderFiles):
         """A tensor's dtype."""
         return self._parts[key][0][0][1].dtype
 
-    def read(self, key: str, layer: int | None, first: int, stop: int, buffer: torch.Tensor) -> None:
+    def read(self, key: str, index: Index, first: int, stop: int, buffer: torch.Tensor) -> None:
         """Rows `first` to `stop` of a tensor, put together from the tensor-parallel ranks' parts.
 
         Args:
             key: the tensor.
-            layer: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
+            index: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
             first: the first row.
             stop: the row behind the last.
             buffer: a flat tensor of uint8, which they fill.
@@ -156,18 +156,18 @@ class LegacyReader(FolderFiles):
         Raises:
             CptainError: ranks that should have the same tensor and do not; a file that ends early.
         """
-        if layer is None and key.startswith(_LAYERS):
+        if not index and key.startswith(_LAYERS):
             for number, one in zip(range(first, stop), buffer.view(stop - first, -1), strict=True):
-                self.read(key, number, 0, self.shape(key)[1], one)
+                self.read(key, (number,), 0, self.shape(key)[1], one)
             return
-        parts = self._parts[key][layer or 0]
+        parts = self._parts[key][index[0] if index else 0]
         if key.endswith(_WHOLE):
             self._read_part(key, parts[0], first, buffer)
             for part in parts[1:]:
                 other = torch.empty_like(buffer)
                 self._read_part(key, part, first, other)
                 if not torch.equal(buffer, other):
-                    where = "" if layer is None else f" in layer {layer}"
+                    where = f" in layer {index[0]}" if index else ""
                     raise CptainError(f"{self.folder}: {key}: the tensor-parallel ranks differ{where}")
         elif key.endswith(_CUT_COLUMNS):
             columns = buffer.view(stop - first, len(parts), -1)
@@ -212,6 +212,8 @@ def _model(saved: Any, sizes: tuple[int, int]) -> dict[str, Any]:
     if getattr(args, "swiglu", True) is not True:
         raise ValueError("its MLP is not gated")
     names = [name for name in model if not str(name).endswith("_extra_state")]
+    if any(".experts." in str(name) for name in names):
+        raise ValueError("a mixture of experts is read from torch_dist alone")
     for name in names:
         if not (isinstance(name, str) and name.isprintable() and isinstance(model[name], Stub)):
             raise ValueError(f"{ascii(name)[:80]}: not a tensor")

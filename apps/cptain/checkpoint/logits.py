@@ -96,9 +96,10 @@ def _gpt_model(architecture: Architecture, device: str) -> Any:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from cptain.megatron.layers import gpt_layer
 
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -116,8 +117,8 @@ def _gpt_model(architecture: Architecture, device: str) -> Any:
             use_cpu_initialization=device == "cpu",
             perform_initialization=False,
         ),
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
+        transformer_layer_spec=gpt_layer(
+            False, qk_layernorm=architecture.qk_layernorm, num_experts=config.get("num_moe_experts")
         ),
         parallel_output=False,
         **gpt,

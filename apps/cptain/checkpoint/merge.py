@@ -122,7 +122,7 @@ def _checkpoint(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
         tensors = {name: (shape, dtype, fill) for name, shape, dtype, fill in hf_tensors(reader, architecture)}
         beside = Path(made)
         dtype = next(iter(tensors.values()))[1]
-        (beside / "config.json").write_text(config_json(base, dtype, architecture.vocab_size), encoding="utf-8")
+        (beside / "config.json").write_text(config_json(base, dtype, architecture), encoding="utf-8")
         carried = [Path(shutil.copy(file, beside)) for file in carried_files(base, check_tokenizer(run))]
         source = partial(checkpoint_source, "merged checkpoint", reader, workers)
         yield _Model(folder, weight, tensors, beside, carried, base, source, reader.check_members)

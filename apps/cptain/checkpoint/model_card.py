@@ -93,7 +93,8 @@ def _described(start: Start) -> dict[str, str]:
     train, layout, data = start.run["train"], start.layout, start.data
     said = Train.model_construct(**train)  # as it was said, by whichever version
     arguments = " ".join(f"`{'…' if '/' in word else word}`" for word in train["megatron_args"])
-    sizes = ", ".join(f"{kind} {layout[kind]}" for kind in ("tensor", "pipeline", "context"))
+    kinds = ("tensor", "pipeline", "context", *(("expert",) if "expert" in layout else ()))
+    sizes = ", ".join(f"{kind} {layout[kind]}" for kind in kinds)
     return {
         "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens{_tokenized(data)}" if data else "",
         "begins with": _branched(train.get("from")),

@@ -17,7 +17,7 @@ from cptain.model.architecture import Architecture
 
 @dataclass(frozen=True)
 class Run:
-    """`count` rows of a Megatron tensor's layer, from `row`: those of Hugging Face tensor `part` from `first`."""
+    """`count` rows of one index of a Megatron tensor, from `row`: those of Hugging Face tensor `part` from `first`."""
 
     row: int
     part: int
@@ -26,7 +26,7 @@ class Run:
 
 
 def row_runs(rule: Rule, architecture: Architecture) -> list[Run]:
-    """The runs of one layer of a rule, in the order of Megatron's rows.
+    """The runs of one index of a rule, in the order of Megatron's rows.
 
     Raises:
         ValueError: a layout that does more than to move rows.
@@ -57,7 +57,7 @@ def overlapping(runs: list[Run], first: int, stop: int) -> Iterator[tuple[Run, i
 
 
 def chunk_rows(runs: list[Run], rule: Rule, architecture: Architecture) -> list[tuple[int, int]]:
-    """How to cut a layer into chunks, as (first row, rows): tensors that lie one after another, such as the gate and
+    """How to cut one index into chunks, as (first row, rows): tensors that lie one after another, such as the gate and
     the up projection, which Megatron reads apart; else the whole."""
     heights = [shape[0] for shape in rule.hf_shapes(architecture)]
     if [run.count for run in runs] == heights:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cptain import __version__, atomic
+from cptain.checkpoint.chunks import Place
 from cptain.checkpoint.streaming import Buffers, in_threads
-from cptain.checkpoint.torch_dist import Place, TorchDistReader
+from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.errors import CptainError, one_line
 
 RECORD = "checksums.json"

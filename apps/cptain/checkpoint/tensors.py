@@ -9,7 +9,7 @@ import torch
 
 from cptain.checkpoint.common_state import saved_arguments, saved_iteration
 from cptain.checkpoint.legacy import LegacyReader
-from cptain.checkpoint.mapping import Rule, Shape, model_order, rules
+from cptain.checkpoint.mapping import Index, Rule, Shape, model_order, rules
 from cptain.checkpoint.release import SOURCE
 from cptain.checkpoint.rows import Run, row_runs, runs_of_part
 from cptain.checkpoint.streaming import Fill
@@ -66,9 +66,9 @@ def check_trained_as(reader: TorchDistReader | LegacyReader, architecture: Archi
 
 
 def fill_from_megatron(
-    reader: TorchDistReader | LegacyReader, rule: Rule, layer: int, runs: list[Run], part: int, row_bytes: int
+    reader: TorchDistReader | LegacyReader, rule: Rule, index: Index, runs: list[Run], part: int, row_bytes: int
 ) -> Fill:
-    """Where rows of a Hugging Face tensor, a part of a rule's layer, come from in the checkpoint."""
+    """Where rows of a Hugging Face tensor, a part of one index of a rule, come from in the checkpoint."""
     runs = runs_of_part(runs, part)
     starts = [run.first for run in runs]
 
@@ -79,7 +79,7 @@ def fill_from_megatron(
             begin, end = max(first, run.first), min(stop, run.first + run.count)
             at, to = ((row - first) * row_bytes for row in (begin, end))
             source = run.row + begin - run.first
-            reader.read(rule.key, layer if rule.layered else None, source, source + end - begin, buffer[at:to])
+            reader.read(rule.key, index, source, source + end - begin, buffer[at:to])
 
     return fill
 
@@ -89,8 +89,8 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Shape, torch.dtype, Fill]]:
     """The Hugging Face tensors that a checkpoint holds, in the order of a forward pass: names, shapes, dtypes, rows."""
     runs = {rule.key: row_runs(rule, architecture) for rule in rules(architecture)}
-    for rule, layer in model_order(architecture):
+    for rule, index in model_order(architecture):
         dtype = reader.dtype(rule.key)
-        for part, (name, shape) in enumerate(zip(rule.hf_names(layer), rule.hf_shapes(architecture), strict=True)):
+        for part, (name, shape) in enumerate(zip(rule.hf_names(index), rule.hf_shapes(architecture), strict=True)):
             row_bytes = prod(shape[1:]) * dtype.itemsize
-            yield name, shape, dtype, fill_from_megatron(reader, rule, layer, runs[rule.key], part, row_bytes)
+            yield name, shape, dtype, fill_from_megatron(reader, rule, index, runs[rule.key], part, row_bytes)

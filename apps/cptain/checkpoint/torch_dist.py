@@ -18,6 +18,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 
 from cptain.checkpoint.checksums import Member, zip_directory
+from cptain.checkpoint.chunks import Chunk, Place, overlap
 from cptain.checkpoint.folder_files import FolderFiles
-from cptain.checkpoint.mapping import Shape
+from cptain.checkpoint.mapping import Index, Shape
 from cptain.checkpoint.streaming import FilePlan, Fill, Rows
 from cptain.checkpoint.torch_save import (
     SavedArchive,
@@ -49,28 +51,10 @@ _SMALLEST_FILE, _LARGEST_FILE = 64 << 20, 2 << 30
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an archive lies: a file of the folder, and the bytes of it."""
-
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A box of a tensor, and the archive that holds it."""
-
-    offset: Shape
-    shape: Shape
-    place: Place
-
-
-@dataclass(frozen=True)
 class _Tensor:
     shape: Shape
     dtype: torch.dtype
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
 
 
 def _pickled(tensors: dict[str, _Tensor], objects: dict[str, Place]) -> bytes:
@@ -113,7 +97,7 @@ class TorchDistWriter:
             offset: of the chunk.
             chunk: its shape.
             dtype: of the whole tensor.
-            rows: what the chunk is read by: of one layer's, those of dimension 1; else those of dimension 0.
+            rows: what the chunk is read by: those of the first dimension behind the ones that are stacked.
             fill: where they come from, counted from the chunk's first.
 
         Raises:
@@ -124,7 +108,7 @@ class TorchDistWriter:
             raise ValueError(f"{key}: {dtype} after {tensor.dtype}")
         archive = TensorArchive(dtype, chunk)
         file, place = self._append(archive.length)
-        tensor.chunks.append(_Chunk(offset, chunk, place))
+        tensor.chunks.append(Chunk(offset, chunk, place))
 
         def frame(checksum: int) -> list[tuple[int, bytes]]:
             return [(place.offset + at, content) for at, content in archive.frame(checksum)]
@@ -132,13 +116,14 @@ class TorchDistWriter:
         row_bytes = prod(chunk) * dtype.itemsize // rows
         file.rows.append(Rows(key, place.offset + archive.begin, 0, rows, row_bytes, fill, frame))
 
-    def add_object(self, key: str, shard: int, shards: int, value: Any) -> None:
-        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of."""
+    def add_object(self, key: str, index: Index, shards: Shape, value: Any) -> None:
+        """Plan a Python object as Megatron's ShardedObject is written: a list of one, under key/shard_N_of, or of an
+        expert N.M_of.of."""
         content = io.BytesIO()
         torch.save([value], content)
         file, place = self._append(len(content.getvalue()))
         file.pieces.append((place.offset, content.getvalue()))
-        self._objects[f"{key}/shard_{shard}_{shards}"] = place
+        self._objects[f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shards))}"] = place
 
     def _append(self, length: int) -> tuple[FilePlan, Place]:
         if not self.files or self.files[-1].bytes >= self._file_bytes:
@@ -177,23 +162,6 @@ def _read_place(info: Stub) -> Place:
     return Place(name, offset, length)
 
 
-def _overlap(chunks: list[_Chunk]) -> bool:
-    """Whether two boxes share a value: a sweep along dimension 0, along which most tensors are cut."""
-    under_way: list[_Chunk] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
-        if not prod(chunk.shape):
-            continue
-        under_way = [one for one in under_way if one.offset[:1] and one.offset[0] + one.shape[0] > chunk.offset[0]]
-        for one in under_way:
-            if all(
-                a < b + extent_b and b < a + extent_a
-                for a, extent_a, b, extent_b in zip(one.offset, one.shape, chunk.offset, chunk.shape, strict=True)
-            ):
-                return True
-        under_way.append(chunk)
-    return False
-
-
 def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], Place]) -> _Tensor:
     """An entry of .metadata. Raises ValueError where its chunks do not fill it exactly, or their archives cannot."""
     dtype = entry.properties.state[0]
@@ -211,8 +179,8 @@ def _read_tensor(key: str, entry: Stub, places: dict[tuple[str, Shape | None], P
         place = places[key, offset]
         if prod(extents) * dtype.itemsize > place.length:
             raise ValueError(f"{key}: a chunk {list(extents)} in {place.length} bytes")
-        chunks.append(_Chunk(offset, extents, place))
-    if (held := sum(prod(chunk.shape) for chunk in chunks)) != prod(shape) or _overlap(chunks):
+        chunks.append(Chunk(offset, extents, place))
+    if (held := sum(prod(chunk.shape) for chunk in chunks)) != prod(shape) or overlap(chunks):
         raise ValueError(f"{key}: its chunks hold {held} of {prod(shape)} values, or overlap")
     return _Tensor(shape, dtype, chunks)
 
@@ -275,7 +243,7 @@ class TorchDistReader(FolderFiles):
                 self._objects[key] = place
             elif not _printable(key).startswith(_NOT_THE_MODEL):
                 self._tensors[key] = _read_tensor(key, entry, places)
-        self._by_layer: dict[str, dict[int, list[_Chunk]]] = {}
+        self._by_index: dict[str, dict[Index, list[Chunk]]] = {}
         self._found: dict[Place, SavedTensor] = {}
         self._sizes: dict[str, int] = {}
         for place in places.values():
@@ -337,12 +305,13 @@ class TorchDistReader(FolderFiles):
         """A tensor's dtype."""
         return self._tensors[key].dtype
 
-    def read(self, key: str, layer: int | None, first: int, stop: int, buffer: torch.Tensor) -> None:
+    def read(self, key: str, index: Index, first: int, stop: int, buffer: torch.Tensor) -> None:
         """Rows `first` to `stop` of a tensor, put together from its chunks. A single value is one row.
 
         Args:
             key: the tensor.
-            layer: where the tensor is stacked over layers, which; the rows are then those of dimension 1.
+            index: where the tensor is stacked over layers, which, and over experts, which; the rows are those of the
+                next dimension.
             first: the first row.
             stop: the row behind the last.
             buffer: a flat tensor of uint8, which they fill.
@@ -350,16 +319,19 @@ class TorchDistReader(FolderFiles):
         Raises:
             CptainError: chunks that are not what the metadata says.
         """
-        tensor, depth = self._tensors[key], 0 if layer is None else 1
+        tensor, depth = self._tensors[key], len(index)
         target = buffer.view(tensor.dtype).reshape(stop - first, *tensor.shape[depth + 1 :])
-        for chunk in tensor.chunks if layer is None else self._chunks_of_layer(key, layer):
+        for chunk in self._chunks_of(key, index) if index else tensor.chunks:
             offset, shape = chunk.offset[depth:] or (0,), chunk.shape[depth:] or (1,)
             begin, end = max(first, offset[0]), min(stop, offset[0] + shape[0])
             if begin >= end or not prod(shape):
                 continue
             box = (slice(at, at + extent) for at, extent in zip(offset[1:], shape[1:], strict=True))
             part = target[(slice(begin - first, end - first), *box)]
-            rows = begin - offset[0] + (0 if layer is None else (layer - chunk.offset[0]) * shape[0])
+            before = 0
+            for at, start, extent in zip(index, chunk.offset, chunk.shape, strict=False):
+                before = before * extent + at - start
+            rows = begin - offset[0] + before * shape[0]
             found = self._find(key, tensor, chunk)
             at = found.begin + rows * prod(shape[1:]) * tensor.dtype.itemsize
             whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
@@ -367,16 +339,17 @@ class TorchDistReader(FolderFiles):
             if whole is not part:
                 part.copy_(whole)
 
-    def _chunks_of_layer(self, key: str, layer: int) -> list[_Chunk]:
-        if key not in self._by_layer:
-            found: dict[int, list[_Chunk]] = {}
+    def _chunks_of(self, key: str, index: Index) -> list[Chunk]:
+        if key not in self._by_index:
+            found: dict[Index, list[Chunk]] = {}
             for chunk in self._tensors[key].chunks:
-                for number in range(chunk.offset[0], chunk.offset[0] + chunk.shape[0]):
-                    found.setdefault(number, []).append(chunk)
-            self._by_layer[key] = found
-        return self._by_layer[key].get(layer, [])
+                extents = list(zip(chunk.offset, chunk.shape, strict=True))[: len(index)]
+                for one in product(*(range(at, at + extent) for at, extent in extents)):
+                    found.setdefault(one, []).append(chunk)
+            self._by_index[key] = found
+        return self._by_index[key].get(index, [])
 
-    def _find(self, key: str, tensor: _Tensor, chunk: _Chunk) -> SavedTensor:
+    def _find(self, key: str, tensor: _Tensor, chunk: Chunk) -> SavedTensor:
         """Where a chunk's values lie in its file."""
         place = chunk.place
         if (saved := self._found.get(place)) is not None:

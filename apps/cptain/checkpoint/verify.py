@@ -55,21 +55,22 @@ class _Tensor:
 
 
 def _rows_of(reader: SafetensorsReader | TorchDistReader | LegacyReader, name: str) -> _Tensor:
-    """A tensor under its own name; in a Megatron checkpoint, dimension 0 may be that of the layers."""
+    """A tensor under its own name; in a Megatron checkpoint, the first dimensions may be layers and experts."""
     shape, dtype = reader.shape(name), reader.dtype(name)
     if isinstance(reader, SafetensorsReader):
         return _Tensor(shape, dtype, prod(shape[:1]), partial(reader.read, name))
     if len(shape) < 3:
-        return _Tensor(shape, dtype, prod(shape[:1]), partial(reader.read, name, None))
-    height, row_bytes = shape[1], prod(shape[2:]) * dtype.itemsize
+        return _Tensor(shape, dtype, prod(shape[:1]), partial(reader.read, name, ()))
+    stacked, height, row_bytes = shape[:-2], shape[-2], shape[-1] * dtype.itemsize
 
     def fill(first: int, stop: int, buffer: torch.Tensor) -> None:
-        for layer in range(first // height, -(-stop // height)):
-            begin, end = max(first, layer * height), min(stop, (layer + 1) * height)
+        for place in range(first // height, -(-stop // height)):
+            begin, end = max(first, place * height), min(stop, (place + 1) * height)
+            index = (place,) if len(stacked) == 1 else divmod(place, stacked[1])
             at, to = ((row - first) * row_bytes for row in (begin, end))
-            reader.read(name, layer, begin - layer * height, end - layer * height, buffer[at:to])
+            reader.read(name, index, begin - place * height, end - place * height, buffer[at:to])
 
-    return _Tensor(shape, dtype, shape[0] * height, fill)
+    return _Tensor(shape, dtype, prod(stacked) * height, fill)
 
 
 def tensors(

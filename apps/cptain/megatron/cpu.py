@@ -71,8 +71,16 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
+        return event or _Stream()
+
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+    """Numbers of tokens as collectives take them."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -169,13 +177,16 @@ def install() -> None:
 
 
 def install_in_megatron() -> None:
-    """Replace Megatron's CUDA random state tracker, which has no meaning here: nothing on this path drops out."""
+    """Replace Megatron's CUDA random state tracker, which has no meaning here: nothing on this path drops out; and how
+    the numbers of tokens that go to each expert come from the GPU."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     random.CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
     random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.__setitem__(name, torch.get_rng_state())
     random._set_cuda_rng_state = _nothing
     random._get_cuda_rng_state = _random_state
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
     with contextlib.suppress(ImportError):  # up to 0.16: fused kernels that are compiled with nvcc
         from megatron.legacy import fused_kernels
 

@@ -40,6 +40,10 @@ def import_megatron(cpu: bool) -> None:
     # (no Makefile).
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         datasets_utils.compile_helpers = lambda: None
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # core 0.13 looks at it where the import has failed
+        moe_utils.te_general_gemm = None
     if cpu:
         from cptain.megatron.cpu import install_in_megatron
 

@@ -12,23 +12,42 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cptain.errors import CptainError, one_line
-from cptain.model.families import FAMILIES
+from cptain.model.families import FAMILIES, Experts
 
 # What transformers reads for every family, and the one value that Megatron can represent (`Family.only`).
 _ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
-_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA3_ROPE = ("factor", *_MEGATRON_LLAMA3_ROPE)
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in the place of every layer's MLP.
+
+    Attributes:
+        experts: of a layer.
+        top_k: of them, that a token gets.
+        normalized: the probabilities of these are scaled to add up to 1.
+        aux_loss: coefficient of the loss that balances the load, in training.
+        names: of the mixture, and of an expert's gate, up and down projection, in Hugging Face's tensors.
+    """
+
+    experts: int
+    top_k: int
+    normalized: bool
+    aux_loss: float
+    names: tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """The sizes of a dense decoder, in Megatron's terms.
+    """The sizes of a decoder, in Megatron's terms.
 
     Attributes:
         num_layers: decoder layers.
         hidden_size: width of the residual stream.
-        ffn_hidden_size: width of the MLP, of the gate alone.
+        ffn_hidden_size: width of the MLP, or of each of its experts, of the gate alone.
         num_attention_heads: query heads.
         num_query_groups: key and value heads; equal to `num_attention_heads` without grouped-query attention.
         kv_channels: channels a head.
@@ -41,6 +60,7 @@ class Architecture:
         tied_embeddings: the output layer is the embedding.
         qkv_bias: the query, key and value projections have biases.
         qk_layernorm: an RMSNorm over the channels of every query and every key head.
+        mixture: of experts; None: a dense model.
     """
 
     num_layers: int
@@ -57,6 +77,17 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool = False
     qk_layernorm: bool = False
+    mixture: Mixture | None = None
+
+    @property
+    def experts(self) -> int:
+        """MLPs of a layer."""
+        return self.mixture.experts if self.mixture else 1
+
+    @property
+    def experts_a_token(self) -> int:
+        """MLPs of a layer that compute a token."""
+        return self.mixture.top_k if self.mixture else 1
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of Megatron's embedding: `vocab_size` up to a multiple of 128 × `tensor_parallel`."""
@@ -130,6 +161,24 @@ def _read_rope(file: Path, config: dict[str, Any]) -> tuple[float, float | None]
     return theta, float(rope["factor"])
 
 
+def _read_mixture(file: Path, config: dict[str, Any], family: Experts | None) -> Mixture | None:
+    if family is None:
+        return None
+    counts = {key: int(config[key]) for key in family.count if key in config}
+    if not counts:
+        raise KeyError(family.count[0])
+    if len(set(counts.values())) > 1:
+        said = " and ".join(f"{key} = {count}" for key, count in counts.items())
+        raise CptainError(f"{file}: {said}: transformers 4 reads the one, and 5 the other: make them say the same")
+    experts, top_k = next(iter(counts.values())), int(config["num_experts_per_tok"])
+    if not 1 <= top_k <= experts:
+        _refuse(file, "num_experts_per_tok", top_k, f"there are {experts} experts")
+    normalized = bool(config["norm_topk_prob"]) if family.normalized is None else family.normalized
+    if normalized and top_k == 1:
+        _refuse(file, "num_experts_per_tok", top_k, "Megatron has no single expert whose probability is made 1")
+    return Mixture(experts, top_k, normalized, float(config["router_aux_loss_coef"]), family.names)
+
+
 def read_architecture(folder: Path) -> Architecture:
     """The architecture of the Hugging Face model in `folder`.
 
@@ -141,14 +190,18 @@ def read_architecture(folder: Path) -> Architecture:
     if names not in [[name] for name in FAMILIES]:
         _refuse(file, "architectures", names, f"supported: {', '.join(FAMILIES)}")
     family = FAMILIES[names[0]]
-    config = {**family.defaults, **config}
+    defaults = dict(family.defaults)
+    if config.get("rope_parameters"):
+        defaults.pop("rope_theta", None)  # which it holds
+    config = {**defaults, **config}
+    width = family.experts.width if family.experts else "intermediate_size"
     for key, only in {**_ONLY, **family.only}.items():
         if config.get(key, only) != only:
             _refuse(file, key, config[key], f"only {json.dumps(only)}")
     if set(config.get("layer_types") or []) - {"full_attention"}:
         _refuse(file, "layer_types", config["layer_types"], 'only "full_attention"')
     try:
-        for key in _SIZES:
+        for key in (*_SIZES, width):
             if int(config[key]) < 1:
                 _refuse(file, key, config[key], "must be over 0")
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
@@ -159,7 +212,7 @@ def read_architecture(folder: Path) -> Architecture:
         return Architecture(
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
+            ffn_hidden_size=int(config[width]),
             num_attention_heads=heads,
             num_query_groups=int(config.get("num_key_value_heads") or heads),
             kv_channels=int(config.get("head_dim") or hidden // heads),
@@ -171,6 +224,7 @@ def read_architecture(folder: Path) -> Architecture:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
             qk_layernorm=family.qk_layernorm,
+            mixture=_read_mixture(file, config, family.experts),
         )
     except KeyError as error:
         raise CptainError(f"{file}: {error.args[0]}: is missing") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptain.errors import CptainError
-from cptain.model.architecture import Architecture
+from cptain.model.architecture import Architecture, Mixture
 
 Flag = tuple[str, ...]
 
@@ -48,6 +48,11 @@ def _theta(architecture: Architecture) -> int:
     if architecture.rotary_base != int(architecture.rotary_base):
         raise CptainError(f"config.json: rope_theta = {architecture.rotary_base}: Megatron takes whole numbers only")
     return int(architecture.rotary_base)
+
+
+def _mixture(value: Callable[[Mixture], Any]) -> Callable[[Architecture], Any]:
+    """A fact of a mixture of experts."""
+    return lambda architecture: value(architecture.mixture) if architecture.mixture else None
 
 
 def _size(config: str, name: str) -> Fact:
@@ -119,6 +124,42 @@ FACTS = (
         ("qk_layernorm",),
         "qk_layernorm",
     ),
+    Fact(
+        "number of experts",
+        _mixture(lambda mixture: mixture.experts),
+        "--num-experts",
+        ("num_experts",),
+        "num_moe_experts",
+    ),
+    Fact(
+        "width of an expert",
+        lambda architecture: architecture.ffn_hidden_size if architecture.mixture else None,
+        "--moe-ffn-hidden-size",
+        ("moe_ffn_hidden_size",),
+        "moe_ffn_hidden_size",
+    ),
+    Fact(
+        "num_experts_per_tok",
+        _mixture(lambda mixture: mixture.top_k),
+        "--moe-router-topk",
+        ("moe_router_topk",),
+        "moe_router_topk",
+    ),
+    Fact(
+        "",
+        _mixture(lambda mixture: "softmax"),
+        "--moe-router-score-function",
+        ("moe_router_score_function",),
+        "moe_router_score_function",
+    ),
+    # The softmax of the chosen ones alone is that of all, scaled to add up to 1.
+    Fact(
+        "norm_topk_prob",
+        _mixture(lambda mixture: not mixture.normalized),
+        "--moe-router-pre-softmax",
+        ("moe_router_pre_softmax",),
+        "moe_router_pre_softmax",
+    ),
     Fact("", _always(0.0), "--attention-dropout", core="attention_dropout"),
     Fact("", _always(0.0), "--hidden-dropout", core="hidden_dropout"),
     Fact(
@@ -188,7 +229,7 @@ def difference(saved: Mapping[str, Any], architecture: Architecture) -> str | No
         name = fact.config or fact.saved[0]
         if isinstance(wanted, bool) and fact.config:
             wanted, found = ("yes" if value else "no" for value in (wanted, found))
-        if name == "tie_word_embeddings":  # Megatron names its opposite
+        if name in ("tie_word_embeddings", "norm_topk_prob"):  # Megatron names their opposites
             wanted, found = found, wanted
         return f"{name} = {found!s:.80}, where config.json has {wanted}"
     return None

@@ -41,8 +41,8 @@ def processes(run: RunFile, site: Site | None) -> int:
     """Of all nodes together, as `train` starts them; without a site, those of one copy of the model."""
     nodes = run.jobs.nodes
     if site is None:
-        return run.parallel.model_size
-    return nodes * (site.gpus or math.ceil(run.parallel.model_size / nodes))
+        return run.parallel.least_gpus
+    return nodes * (site.gpus or math.ceil(run.parallel.least_gpus / nodes))
 
 
 def on_site(run: RunFile, site: Site | None, architecture: Architecture) -> OnSite:

@@ -22,6 +22,7 @@ from cptain.errors import RESUMABLE, CptainError
 
 _PBS_WALLTIME = -29  # JOB_EXEC_KILL_WALLTIME of pbs_error.h
 _GRIDENGINE_WALLTIME = "37"  # what is `failed` where the qmaster ended a job for its h_rt
+_IN_QUEUE = ("waiting", "queued", "running", "ending")
 _ARRAY_TASK = re.compile(r"\[\d*\]")
 
 
@@ -209,6 +210,19 @@ def read_submitted(file: Path) -> list[Submitted]:
     return [Submitted(part[0], part[1], Path(part[2]) if part[2:] else file.parent) for part in parts]
 
 
+def _tasks_not_told(job: Submitted, found: list[State]) -> int:
+    """How many tasks of a Grid Engine array have left its queue and are not in its accounts yet: qacct has each on its
+    own, seconds later, and qstat has all that wait in one entry."""
+    if not found or any(state.word in _IN_QUEUE for state in found):
+        return 0
+    try:
+        script = (job.scripts / f"{job.name}.sh").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    array = re.search(r"^#\$ -t 1-(\d+)$", script, flags=re.MULTILINE)
+    return max(0, int(array[1]) - len(found)) if array else 0
+
+
 def told_file(submitted: Path) -> Path:
     """Where the last words of the scheduler are kept, for `cptain status DIR`: a word a job, and when."""
     return submitted.with_name("states.json")
@@ -224,15 +238,16 @@ def table(submitted: Path, text: str) -> list[str]:
     Raises:
         CptainError: nothing was submitted, or the output cannot be read.
     """
-    jobs = read_submitted(submitted)
     states = read_states(text)
     rows = []
-    for name, job in ((one.name, one.job) for one in jobs):
-        found = [state for state in states if state.job == job]
+    for one in read_submitted(submitted):
+        found = [state for state in states if state.job == one.job]
         words = Counter(state.word for state in found)
-        word = ", ".join(f"{count} {word}" for word, count in words.items()) if len(found) > 1 else "".join(words)
+        if missing := _tasks_not_told(one, found):
+            words["unknown"] += missing
+        word = ", ".join(f"{count} {word}" for word, count in words.items()) if words.total() > 1 else "".join(words)
         detail = next((state.detail for state in found if state.detail), "")
-        rows.append((name, job, word or "unknown", detail))
+        rows.append((one.name, one.job, word or "unknown", detail))
     with suppress(OSError, CptainError):  # another user's
         atomic.write_json(told_file(submitted), {"time": time.time(), "words": {row[1]: row[2] for row in rows}})
     return aligned(rows)

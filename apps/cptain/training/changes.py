@@ -48,6 +48,10 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
     if (before["train"]["precision"] == "fp32") != (run.train.precision == "fp32"):
         why = "the optimizer's state of fp32 is not that of bf16 and fp8"
         _refuse_change("train.precision", before["train"]["precision"], run.train.precision, why)
+    old = before["parallel"].get("expert", 1)
+    if (old > 1) != (run.parallel.expert > 1):
+        why = "where experts are shared out, Megatron saves an optimizer of their own, else one of all"
+        _refuse_change("parallel.expert", old, run.parallel.expert, why)
     lines = []
     after = run.model_dump(mode="json", exclude_none=True)
     staged = bool(run.data.stage and before["data"].get("stage"))  # what was seen stays: cptain.data.trained_on

@@ -37,7 +37,7 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
         CptainError: exit status 2.
     """
     parallel, train = run.parallel, run.train
-    data_parallel = processes // parallel.model_size
+    data_parallel, alike = processes // parallel.model_size, processes // (parallel.tensor * parallel.pipeline)
     if parallel.pipeline > architecture.num_layers:
         raise CptainError(
             f"parallel.pipeline = {parallel.pipeline}: the model has {architecture.num_layers} layers, and a stage "
@@ -56,6 +56,8 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
         ("parallel.tensor", parallel.tensor, "attention heads", architecture.num_attention_heads, ""),
         ("parallel.tensor", parallel.tensor, "key and value heads", architecture.num_query_groups, ""),
         ("parallel.tensor", parallel.tensor, "MLP channels", architecture.ffn_hidden_size, ""),
+        ("parallel.expert", parallel.expert, "experts of a layer", architecture.experts, ""),
+        ("parallel.expert", parallel.expert, "GPUs that have equal weights otherwise", alike, "copies × context"),
         (
             "micro_batch_size × data-parallel size",
             micro_batch_size * max(1, data_parallel),
@@ -93,6 +95,24 @@ def _cpu_rows() -> list[Row]:
         ("", "--no-rope-fusion"),
         ("", "--num-workers", "0"),
     ]
+
+
+def _expert_rows(run: RunFile, architecture: Architecture, cpu: bool) -> list[Row]:
+    """How a mixture of experts is trained. The router's product is in fp32: rounded to bf16, experts that are nearly
+    alike change places (transformers leaves it in the model's dtype)."""
+    if architecture.mixture is None:
+        return []
+    balance = "aux_loss" if architecture.mixture.aux_loss else "none"
+    rows: list[Row] = [
+        ("parallel.expert", "--expert-model-parallel-size", str(run.parallel.expert)),
+        ("", "--moe-router-load-balancing-type", balance),
+        ("", "--moe-aux-loss-coeff", repr(architecture.mixture.aux_loss)),
+        ("", "--moe-token-dispatcher-type", "alltoall"),
+        ("", "--moe-router-dtype", "fp32"),
+    ]
+    if not cpu and run.train.precision != "fp32":  # Transformer Engine's kernels that compute many experts at once
+        rows += [("", "--moe-grouped-gemm")]
+    return rows
 
 
 def _gpu_rows(run: RunFile, script: Path) -> list[Row]:
@@ -277,6 +297,7 @@ def megatron_flags(
     rows += _precision_rows(run.train)
     if run.data.validation or run.data.stage:  # a validation is a round of the sets, and a run its stages, in order
         rows += [("data.validation and data.stage", "--dataloader-type", "single")]
+    rows += _expert_rows(run, architecture, cpu)
     rows += _cpu_rows() if cpu else [*_gpu_rows(run, script), *_recompute_rows(layout.recompute)]
     check_megatron_args(run, rows)
     return [row[1:] for row in rows]

@@ -20,6 +20,7 @@ class Layout:
     Attributes:
         tensor, pipeline, context: over how many GPUs the model, its layers and a sequence are cut.
         data: copies of the model.
+        expert: over how many of the GPUs that have equal weights otherwise its experts are shared out.
         micro_batch_size: sequences that a copy computes at a time.
         recompute: what is recomputed in the backward pass.
     """
@@ -30,6 +31,7 @@ class Layout:
     data: int
     micro_batch_size: int = 1
     recompute: Recompute = "none"
+    expert: int = 1
 
     @property
     def gpus(self) -> int:
@@ -41,7 +43,8 @@ class Layout:
         return max(1, global_batch_size // (self.micro_batch_size * self.data))
 
     def __str__(self) -> str:
-        parts = (f"{name} {getattr(self, name)}" for name in ("tensor", "pipeline", "context", "data"))
+        names = ("tensor", "pipeline", "context", "data", *(("expert",) if self.expert > 1 else ()))
+        parts = (f"{name} {getattr(self, name)}" for name in names)
         recompute = f"{self.recompute} layers a stage" if isinstance(self.recompute, int) else self.recompute
         return f"{', '.join(parts)}; micro batch {self.micro_batch_size}; recompute {recompute}"
 
@@ -61,6 +64,7 @@ def layout_of(run: RunFile, processes: int) -> Layout:
         data=max(1, processes // parallel.model_size),
         micro_batch_size=1 if train.micro_batch_size == "auto" else train.micro_batch_size,
         recompute="none" if train.recompute == "auto" else train.recompute,
+        expert=parallel.expert,
     )
 
 

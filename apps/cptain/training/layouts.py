@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture
@@ -23,21 +24,18 @@ def _layouts(run: RunFile, architecture: Architecture, gpus: int, nodes: int) ->
     """
     train = run.train
     sizes = _MICRO_BATCHES if train.micro_batch_size == "auto" else (train.micro_batch_size,)
-    for tensor in _SIZES:
-        for context in _SIZES:
-            if tensor * context > gpus:
-                break
-            for pipeline in _SIZES:
-                parallel = run.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "context": context})
-                for size in sizes:
-                    one = train.model_copy(update={"micro_batch_size": size})
-                    try:
-                        changed = run.model_copy(update={"parallel": parallel, "train": one})
-                        check_parallel(changed, architecture, gpus * nodes)
-                    except CptainError:
-                        continue
-                    data = gpus * nodes // (tensor * pipeline * context)
-                    yield Layout(tensor, pipeline, context, data, size, "none")
+    shares = [size for size in _SIZES if architecture.experts % size == 0]
+    for tensor, context, pipeline, expert, size in product(_SIZES, _SIZES, _SIZES, shares, sizes):
+        if tensor * context > gpus:
+            continue
+        cut = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+        parallel = run.parallel.model_copy(update=cut)
+        one = train.model_copy(update={"micro_batch_size": size})
+        try:
+            check_parallel(run.model_copy(update={"parallel": parallel, "train": one}), architecture, gpus * nodes)
+        except CptainError:
+            continue
+        yield Layout(**cut, data=gpus * nodes // (tensor * pipeline * context), micro_batch_size=size)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Proposal:
     @property
     def _key(self) -> tuple[float, int]:
         layout = self.layout
-        return round(self.seconds, 6), layout.tensor * layout.pipeline * layout.context
+        return round(self.seconds, 6), layout.tensor * layout.pipeline * layout.context * layout.expert
 
 
 def fastest(

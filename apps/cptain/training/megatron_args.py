@@ -22,14 +22,17 @@ _SAID_BY = {
     _CONFIG_JSON: """
         --activation-func-clamp-value --add-qkv-bias --apply-layernorm-1p --apply-residual-connection-post-layernorm
         --attention-output-gate --cache-mla-latents --decoder-num-layers --disable-dsa-* --disable-mamba-mem-eff-path
-        --disable-pad-vocab-size --dsa-* --enable-mhc-* --encoder-num-layers --experimental-attention-variant
-        --expert-* --gdp-* --glu-linear-offset --heterogeneous-* --hybrid-attention-ratio --hybrid-layer-pattern
-        --hybrid-mlp-ratio --hybrid-override-pattern --is-hybrid-model --kv-lora-rank --linear-* --mamba-* --mhc-*
-        --mla-* --moe-* --mrope-section --mscale --mscale-all-dim --mtp-* --multi-latent-attention --mup-* --no-dsa-*
-        --no-pad-vocab-size --no-position-embedding --no-rope-freq --no-yarn-* --num-experts --openai-gelu
-        --padded-vocab-size --q-lora-rank --qk-head-dim --qk-l2-norm --qk-layernorm --qk-pos-emb-head-dim
-        --quick-geglu --relative-attention-* --rope-scaling-factor --rope-type --rotary-interleaved
-        --rotary-scaling-factor --rotary-seq-len-interpolation-factor --softmax-type --spec --squared-relu
+        --disable-pad-vocab-size --dsa-* --enable-mhc-* --encoder-num-layers --experimental-attention-variant --gdp-*
+        --glu-linear-offset --heterogeneous-* --hybrid-attention-ratio --hybrid-layer-pattern --hybrid-mlp-ratio
+        --hybrid-override-pattern --is-hybrid-model --kv-lora-rank --linear-* --mamba-* --mhc-* --mla-*
+        --moe-apply-probs-on-input --moe-ffn-hidden-size --moe-latent-size --moe-layer-* --moe-router-bias-update-rate
+        --moe-router-enable-expert-bias --moe-router-group-topk --moe-router-num-groups --moe-router-pre-softmax
+        --moe-router-score-function --moe-router-topk* --moe-shared-expert-* --moe-upcycling-granularity
+        --moe-use-upcycling --mrope-section --mscale --mscale-all-dim --mtp-* --multi-latent-attention --mup-*
+        --no-dsa-* --no-pad-vocab-size --no-position-embedding --no-rope-freq --no-yarn-* --num-experts --openai-gelu
+        --padded-vocab-size --q-lora-rank --qk-head-dim --qk-l2-norm --qk-layernorm --qk-pos-emb-head-dim --quick-geglu
+        --relative-attention-* --rope-scaling-factor --rope-type --rotary-interleaved --rotary-scaling-factor
+        --rotary-seq-len-interpolation-factor --softmax-type --spec --squared-relu
         --untie-embeddings-and-output-weights --use-checkpoint-args --use-legacy-models
         --use-mp-args-from-checkpoint-args --use-mup --use-rope-scaling --use-rotary-position-embeddings --v-head-dim
         --vocab-extra-ids --vocab-size --window-attn-skip-freq --window-size --yarn-*
@@ -43,6 +46,7 @@ _SAID_BY = {
         --disable-use-tokenizer-model-from-checkpoint-args --merge-file --no-use-tokenizer-model-from-checkpoint-args
         --null-tokenizer-* --tiktoken-* --tokenizer-* --vocab-file
     """,
+    "parallel.expert": "--expert-model-parallel-size --expert-tensor-parallel-size",
     "parallel.tensor": "--model-parallel-size",
     "train.global_batch_size": """
         --batch-size --decrease-batch-size-if-needed --rampup-batch-size --step-batch-size-schedule
@@ -104,9 +108,9 @@ _IGNORED = {
     """,
     "it generates no text": """
         --decode-only-cuda-graphs --disable-rl-* --enable-chunked-prefill --flash-decode --grpo-* --inference-*
-        --langrl-* --max-tokens-to-oom --mlp-chunks-for-prefill --nccl-all-reduce-for-prefill --no-inference-*
-        --no-rl-* --num-speculative-tokens --perform-rl-step --refit-method --rl-* --use-legacy-static-engine
-        --use-same-sampling-seed-across-dp-ranks
+        --langrl-* --max-tokens-to-oom --mlp-chunks-for-prefill --moe-pad-experts-for-cuda-graph-inference
+        --nccl-all-reduce-for-prefill --no-inference-* --no-rl-* --num-speculative-tokens --perform-rl-step
+        --refit-method --rl-* --use-legacy-static-engine --use-same-sampling-seed-across-dp-ranks
     """,
     "Megatron's models since core 0.8 do not read it": """
         --no-scatter-gather-tensors-in-pipeline --onnx-safe --use-flash-attn --use-mcore-models

@@ -2,7 +2,8 @@
 
 Activations follow Korthikanti et al. 2022 (arXiv:2205.05198), table 2, restated for a gated MLP and grouped-query
 attention with an attention kernel that keeps no scores; weights and optimizer follow Megatron's distributed optimizer:
-weights and fp32 gradients on every data-parallel rank, master weights and Adam's two moments shared among the ranks.
+weights and fp32 gradients on every data-parallel rank, master weights and Adam's two moments shared among the ranks. Of
+experts a rank has its share alone, and each is taken to get as many tokens as any other; none of this is measured yet.
 The peak is in the second step: the moments are made at the end of the first, and the memory that Megatron logs by
 default is the first step's.
 """
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cptain.model.architecture import Architecture
-from cptain.model.sizes import parameters
+from cptain.model.sizes import expert, parameters
 from cptain.run_file import RunFile
 from cptain.training.layout import Layout, recomputed_layers, stage_layers
 
@@ -107,12 +108,15 @@ def _layer_activations(run: RunFile, architecture: Architecture) -> float:
     queries = architecture.num_attention_heads * architecture.kv_channels
     keys = architecture.num_query_groups * architecture.kv_channels
     # Two norms' inputs and outputs, q k v, the attention's output and its residual, gate, up and product; q and k once
-    # more where a norm follows them.
-    values = 5 * hidden + 2 * queries + 2 * keys + 3 * ffn
+    # more where a norm follows them. A token that several experts compute is copied for each, and comes back from each.
+    times = architecture.experts_a_token
+    values = 5 * hidden + 2 * queries + 2 * keys + 3 * times * ffn
+    if architecture.mixture:
+        values += 2 * times * hidden
     if architecture.qk_layernorm:
         values += queries + keys
     if run.train.precision == "fp8":  # one byte for what goes into a matrix product
-        return 2 * values - (2 * hidden + queries + ffn)
+        return 2 * values - (hidden + queries + times * (hidden + ffn))
     return values * (4 if run.train.precision == "fp32" else 2)
 
 
@@ -131,9 +135,12 @@ def stage_memory(run: RunFile, architecture: Architecture, layout: Layout, stage
     embedding = architecture.vocab_size * architecture.hidden_size
     vocabulary = embedding * ((stage == 0) + (last and not (stage == 0 and architecture.tied_embeddings)))
     untied = embedding * (1 if architecture.tied_embeddings else 2)
-    layer = (parameters(architecture) - untied) / architecture.num_layers / layout.tensor
+    whole_layer = (parameters(architecture) - untied) / architecture.num_layers
+    mlps = architecture.experts * expert(architecture)  # a share of them on each GPU
+    layer = (whole_layer - mlps + mlps / layout.expert) / layout.tensor
     weights = layers * layer + vocabulary / layout.tensor
-    shard = weights / (layout.data * layout.context)
+    # Fewer GPUs have the same experts than have the same of all else: of both the optimizer has its share once in all.
+    shard = (layers * whole_layer + vocabulary) / layout.tensor / (layout.data * layout.context)
     tokens = train.seq_length * layout.micro_batch_size / layout.context / layout.tensor
     in_flight = min(layout.pipeline - stage, layout.micro_batches(train.global_batch_size))
     whole = tokens * _layer_activations(run, architecture)

@@ -19,6 +19,7 @@ from cptain.data.validation import check_validation, validation_file, write_vali
 from cptain.data.vocabulary import run_architecture
 from cptain.errors import CptainError, bad_usage
 from cptain.history import read_history, stretches
+from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile, changed_keys
 from cptain.toml_file import seconds
 from cptain.training.changes import check_changes
@@ -131,7 +132,7 @@ def _since_then(
 
 
 def _processes(
-    run: RunFile, nodes: Nodes | None, cpu: bool, nproc_per_node: int | None, dry_run: bool
+    run: RunFile, architecture: Architecture, nodes: Nodes | None, cpu: bool, nproc_per_node: int | None, dry_run: bool
 ) -> tuple[int, int | None]:
     """How many processes this node trains with, and the bytes of a GPU; None on the CPU. Arguments and errors are those
     of `prepare`."""
@@ -141,13 +142,18 @@ def _processes(
             bad_usage('train.precision = "fp8": not on the CPU; allowed there: "fp32", "bf16"')
         if run.parallel.context > 1:
             bad_usage(f"parallel.context = {run.parallel.context}: not on the CPU, where Megatron's attention allows 1")
+        if architecture.mixture and run.parallel.tensor > 1:
+            bad_usage(
+                f"parallel.tensor = {run.parallel.tensor}: not on the CPU for a mixture of experts: Megatron asks for "
+                "sequence parallelism then, which its layers without Transformer Engine lack: use parallel.expert"
+            )
         count = len(nodes.hosts) if nodes else 1
-        return nproc_per_node or math.ceil(run.parallel.model_size / count), None
+        return nproc_per_node or math.ceil(run.parallel.least_gpus / count), None
     gpus, gpu_bytes = _gpus()
     if not gpus and not dry_run:
         raise CptainError("no GPU found (inside a container, --nv is needed); --cpu trains without one")
     check_as_asked(nodes, gpus)
-    processes = nproc_per_node or gpus or run.parallel.model_size
+    processes = nproc_per_node or gpus or run.parallel.least_gpus
     if gpus and processes > gpus:
         bad_usage(f"--nproc-per-node {processes}: there are {gpus} GPUs")
     if nodes and (cores := os.environ.get("CPTAIN_CORES_PER_GPU")):
@@ -197,7 +203,7 @@ def prepare(
     Args:
         run: the run.
         cpu: train on the CPU, over gloo.
-        nproc_per_node: processes; default: this machine's GPUs, or with `cpu` as many as hold one copy of the model.
+        nproc_per_node: processes; default: this machine's GPUs, or with `cpu` as many as hold the model.
         dry_run: do without a GPU where there is none.
         accepted: what would be refused and is not: "data", that a run goes on with other data.
         write: the files that the command names; False writes nothing, and the command is to be looked at alone.
@@ -206,7 +212,7 @@ def prepare(
         CptainError: anything missing, damaged or impossible, before a process is started.
     """
     architecture, nodes = run_architecture(run), read_nodes()
-    processes, gpu_bytes = _processes(run, nodes, cpu, nproc_per_node, dry_run)
+    processes, gpu_bytes = _processes(run, architecture, nodes, cpu, nproc_per_node, dry_run)
     in_all = processes * (len(nodes.hosts) if nodes else 1)
     check_parallel(run, architecture, in_all)
     records = check_data(run)

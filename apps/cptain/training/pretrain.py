@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
+from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
 from cptain.training import order, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
@@ -48,18 +49,16 @@ _blend_content: dict[str, Any] = {}  # of --blend
 def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_loss: float, **more: Any) -> Any:
     """Megatron's GPTModel for this pipeline stage, from Megatron's arguments, with cptain's loss."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
-    if args.transformer_impl == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
-    else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    spec = gpt_layer(
+        args.transformer_impl == "transformer_engine",
+        qk_layernorm=args.qk_layernorm,
+        num_experts=args.num_experts,
+        moe_grouped_gemm=args.moe_grouped_gemm,
+    )
     config = more.pop("config", None) or core_transformer_config_from_args(args)
     accepted = inspect.signature(GPTModel.__init__).parameters
     model = GPTModel(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cptain.model.architecture import Architecture
+from cptain.model.architecture import Architecture, Mixture
 from cptain.model.sizes import flops_per_token
 from cptain.run_file import RunFile
 from cptain.training.layout import Layout, recomputed_layers
@@ -27,6 +27,7 @@ SHAPE = (
     "kv_channels",
     "vocab_size",
     "tied_embeddings",
+    "mixture",
 )
 """The fields of an architecture that speed follows from, with num_layers."""
 
@@ -66,7 +67,8 @@ class Rate:
 
     def cut_as(self, layout: Layout) -> bool:
         """Whether it was cut over GPUs in the ways that cost most to communicate as `layout` is."""
-        return (self.layout.tensor, self.layout.context) == (layout.tensor, layout.context)
+        sizes = ("tensor", "context", "expert")
+        return all(getattr(self.layout, size) == getattr(layout, size) for size in sizes)
 
     def __str__(self) -> str:
         return (
@@ -83,7 +85,8 @@ def read_rate(entry: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Rate:
         KeyError, TypeError: what it lacks.
     """
     shape = entry["shape"]
-    sizes = shapes[shape] if isinstance(shape, str) else shape
+    sizes = {"mixture": None} | (shapes[shape] if isinstance(shape, str) else shape)
+    sizes["mixture"] = Mixture(**sizes["mixture"]) if sizes["mixture"] else None
     return Rate(
         architecture=Architecture(
             num_layers=entry["num_layers"],
@@ -123,7 +126,7 @@ def _overhead(architecture: Architecture, seq_length: int, layout: Layout, globa
 
 
 def nearest(rates: list[Rate], architecture: Architecture, precision: str, layout: Layout) -> Rate | None:
-    """The measured training to scale from; None where none has the precision.
+    """The measured training to scale from; None where none has the precision, or none is of experts as the model is.
 
     Of those that are cut alike over GPUs, the one whose model is nearest in size; then the one whose micro batch and
     number of GPUs are. Later ones first, which are the run's own.
@@ -137,13 +140,18 @@ def nearest(rates: list[Rate], architecture: Architecture, precision: str, layou
         return (
             apart(rate.layout.tensor, layout.tensor),
             apart(rate.layout.context, layout.context),
+            apart(rate.layout.expert, layout.expert),
             apart(flops_per_token(rate.architecture, 0), flops_per_token(architecture, 0)),
             apart(rate.layout.micro_batch_size, layout.micro_batch_size),
             apart(rate.layout.gpus, layout.gpus),
             -place,
         )
 
-    alike = [place for place, rate in enumerate(rates) if rate.precision == precision]
+    alike = [
+        place
+        for place, rate in enumerate(rates)
+        if rate.precision == precision and bool(rate.architecture.mixture) == bool(architecture.mixture)
+    ]
     return rates[min(alike, key=distance)] if alike else None
 
 

@@ -62,6 +62,7 @@ class TrainingRecord:
     def _start(self) -> Start:
         parallel, command = self._run.parallel, self._command
         sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+        sizes |= {"expert": parallel.expert} if parallel.expert > 1 else {}
         return Start(
             began=self._began,
             start=command.start,

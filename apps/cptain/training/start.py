@@ -35,7 +35,7 @@ class Beginning:
         iteration: steps done before; None: the converted checkpoint, or another run's weights alone, are begun with.
         lines: what was passed over, and why.
         repair_tracker: the tracker names another iteration, or there is none.
-        same_layout: it was saved with the run's tensor and pipeline parallel sizes.
+        same_layout: it was saved with the run's tensor, pipeline and expert parallel sizes.
     """
 
     source: Path
@@ -70,7 +70,7 @@ def beginning(run: RunFile, architecture: Architecture) -> Beginning:
         with reader:
             check_checkpoint(reader, architecture)
             reader.check_objects()
-            same_layout = _sizes(saved_arguments(reader.common)) == (run.parallel.tensor, run.parallel.pipeline)
+            same_layout = _same_layout(run, saved_arguments(reader.common))
         if iteration == named:
             later = [one for one in reversed(there) if one > iteration]
             return Beginning(reader.folder, iteration, _left_out(root, later), same_layout=same_layout)
@@ -100,7 +100,7 @@ def _branching(run: RunFile, branch: Branch, architecture: Architecture, lines: 
     with TorchDistReader(source) as reader:
         check_checkpoint(reader, architecture)
         reader.check_objects()
-        same_layout = _sizes(saved_arguments(reader.common)) == (run.parallel.tensor, run.parallel.pipeline)
+        same_layout = _same_layout(run, saved_arguments(reader.common))
     return Beginning(source, branch.iteration if branch.optimizer else None, lines, same_layout=same_layout)
 
 
@@ -147,8 +147,11 @@ def _left_out(root: Path, iterations: list[int]) -> list[str]:
     return lines
 
 
-def _sizes(arguments: dict[str, Any]) -> tuple[Any, Any]:
-    return arguments.get("tensor_model_parallel_size"), arguments.get("pipeline_model_parallel_size")
+def _same_layout(run: RunFile, arguments: dict[str, Any]) -> bool:
+    """Whether a checkpoint with these arguments was saved with the run's sizes."""
+    sizes = {"tensor": run.parallel.tensor, "pipeline": run.parallel.pipeline}
+    alike = all(arguments.get(f"{kind}_model_parallel_size") == size for kind, size in sizes.items())
+    return alike and arguments.get("expert_model_parallel_size", 1) == run.parallel.expert
 
 
 def _named(root: Path) -> tuple[int | None, CptainError | None]:
