@@ -6,7 +6,8 @@ A row is VARIANT@MEGATRON: a training of its own, from the same converted checkp
 many run side by side as there are GPUs. `lab@fork` is pretrain_gpt.py with the flags of the lab's train_swallow_smbc
 scripts; `lab-fused@fork` is the same with weight gradients fused, as Apex does in their image. Every other row is the
 command that `cptain train --dry-run` prints, less --save. The model is a Llama 3.1 of random weights in 8B's shape, so
-that a few layers fit a GPU; losses show that the rows compute the same. --cpu tries it all out on a tiny shape.
+that a few layers fit a GPU; losses show that the rows compute the same. `ledger` counts tokens and loss of the mix's
+parts besides, and `stages` reads cptain's own order. --cpu tries it all out on a tiny shape.
 
 A row's time is the median of its last ten steps. TFLOP/s is what Megatron logs: 6 FLOPs a parameter and token, without
 recomputation, and attention counted as causal. Memory is the largest that Megatron logs. Where it can log it after the
@@ -36,8 +37,12 @@ from inputs import CPTAIN, INSTALLED, environment, make_run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 GLOBAL_BATCH = 8
+LIBRARY = 'data.mix=[{name="library", input="text/library.jsonl", weight=1}]'
 VARIANTS: dict[str, list[str]] = {  # --set of cptain train
     "cptain": [],
+    "again": [],  # the same once more: do the losses repeat?
+    "ledger": [LIBRARY],
+    "stages": [LIBRARY.replace(", weight=1", ""), "data.stage=[{step=0, weight={library=1}}]"],
     "unfused": ['train.megatron_args=["--no-gradient-accumulation-fusion"]'],
     "mb2": ["train.micro_batch_size=2"],
     "mb4": ["train.micro_batch_size=4"],

@@ -2,20 +2,23 @@
 
     make bench BENCH='trained --steps 50 --megatron fork=TREE --megatron main=TREE'
     make bench BENCH='trained --steps 50 --experts qwen3_moe --expert-parallel 1'
+    make bench BENCH='trained --steps 50 --words 300'
 
-The model is a Llama 3.1 of random weights, or a mixture of experts; the text is what every Python carries
-(`runs/demo.py`). Each Megatron begins
-from the same converted checkpoint; its last checkpoint is exported, every tensor of the export compared with it bit by
-bit, and the logits of transformers with megatron.core's on the same tokens (`cptain verify --logits`). Without --cpu it
-trains as runs do: on the GPU, in bf16, with Transformer Engine.
+The model is a Llama 3.1 of random weights, or a mixture of experts, its vocabulary as it is or with new words; the text
+is what every Python carries (`runs/demo.py`). Each Megatron begins from the same converted checkpoint; its last
+checkpoint is exported, every tensor of the export compared with it bit by bit, and the logits of transformers with
+megatron.core's on the same tokens (`cptain verify --logits`). Without --cpu it trains as runs do: on the GPU, in bf16,
+with Transformer Engine.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import tomli_w
@@ -62,6 +65,13 @@ def make_experts(folder: Path, kind: str, sizes: dict[str, int]) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **same, **experts)).save_pretrained(folder)
 
 
+def new_words(model: Path, texts: list[str], count: int) -> list[str]:
+    """The most frequent words of over five letters that the model's tokenizer has not."""
+    known = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    found = Counter(word for text in texts for word in re.findall(r"[A-Za-z]{6,}", text) if word not in known)
+    return [word for word, _ in found.most_common(count)]
+
+
 def main() -> None:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +80,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--experts", choices=["qwen3_moe", "mixtral"], help="a mixture of experts of this kind")
     parser.add_argument("--expert-parallel", type=int, default=1, help="parallel.expert")
+    parser.add_argument("--words", type=int, default=0, help="so many new tokens ([model.vocabulary])")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=128)
@@ -85,13 +96,20 @@ def main() -> None:
         "num_attention_heads": heads,
         "num_key_value_heads": max(1, heads // 4),
     }
-    make_model(folder / "model", make_text(folder / "text"), **sizes)
+    texts = make_text(folder / "text")
+    make_model(folder / "model", texts, **sizes)
     if arguments.experts:
         make_experts(folder / "model", arguments.experts, sizes)
+    model: dict[str, object] = {"hf": str(folder / "model"), "megatron": str(folder / "megatron")}
+    if arguments.words:
+        (folder / "words.txt").write_text(
+            "\n".join(new_words(folder / "model", texts, arguments.words)), encoding="utf-8"
+        )
+        model["vocabulary"] = {"add": str(folder / "words.txt")}
     content = {
         "parallel": {"expert": arguments.expert_parallel},
         "work_dir": str(folder),
-        "model": {"hf": str(folder / "model"), "megatron": str(folder / "megatron")},
+        "model": model,
         "data": {
             "input": [str(folder / "text" / "**" / "*.jsonl*")],
             "output": str(folder / "data"),
