@@ -164,7 +164,7 @@ def test_a_read_only_output_folder_is_one_line(text: Any, tmp_path: Path) -> Non
 def test_a_signal_stops_cleanly_and_the_next_run_continues(
     text: Any, workers: int, signal_number: signal.Signals
 ) -> None:
-    file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 100) for i in range(40000)))
+    file = text(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 100) for i in range(160000)))
     write_jsonl(file.parent / "in" / "small.jsonl", ["small"] * 10)
     process = cptain_process("preprocess", file, "--workers", workers)
     wait_until_half_written(file.parent)
