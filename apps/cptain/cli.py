@@ -322,6 +322,24 @@ def merge(out: Path, models: tuple[str, ...], shard_size: int, workers: int | No
     merge_models(out, [read_weight(model) for model in models], _threads(workers), force, shard_size)
 
 
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="At most so many are added.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest each time."
+)
+@click.option("--seed", type=int, default=1234, show_default=True, help="Of sampling.")
+def generate(model: Path, text: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue TEXT with a Hugging Face model, such as an export: a look at whether it still speaks.
+
+    cptain generate <run>/hf/iter_0003600 "The capital of Japan is"
+    """
+    from cptain.checkpoint.generate import generate
+
+    click.echo(generate(model, text, tokens, temperature, seed))
+
+
 main.add_command(plan_command)
 
 
