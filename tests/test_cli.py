@@ -78,3 +78,18 @@ def test_a_closed_pipe_is_no_traceback(make_run: RunFileMaker, tmp_path: Path) -
         f"'{sys.executable}' -m cptain --help | head -c 1", shell=True, capture_output=True, text=True, check=True
     )
     assert "Traceback" not in done.stderr
+
+
+def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s() -> None:
+    """Each piece between … or ; stands in the source as it is; a checkpoint's record by the name of its constant."""
+    source = "".join(file.read_text() for file in (PROJECT / "apps").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source).replace("{RECORD}", "checksums.json")
+    told = re.findall(r"^\| `([^`]+)`", (PROJECT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    assert len(told) > 15
+    missing = [
+        piece
+        for line in told
+        for piece in re.split("…|; ", line)
+        if piece.strip("; :,") and piece.strip() not in source
+    ]
+    assert missing == []
