@@ -1,8 +1,10 @@
 """What a run remembers: the history, and that the record says what trained and not what the run file says now."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import cptain
 from cptain.errors import CptainError
 from cptain.history import KILLED, RUNNING, Recorder, Start, read_history, stretches, write_history
+from cptain.megatron_version import whole_version
 from cptain.run_file import load_run
 
 
@@ -162,3 +165,19 @@ def test_other_data_is_refused_at_a_resume_and_recorded_where_it_is_accepted(
     result = cptain("train", own_trained_run, "--cpu", "--accept", "data", *sets)
     assert result.exit_code == 0, result.output
     assert read_history(run.folder)[-1].accepted[0].startswith("data: 3 → 4 files")
+
+
+def test_the_megatron_that_trains_is_named_and_not_the_one_that_is_installed(tmp_path: Path) -> None:
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "package_info.py").write_text("MAJOR, MINOR = 0, 13\n__version__ = '0.13.1'\n")
+    script = tmp_path / "pretrain_gpt.py"
+    assert whole_version(script) == ("0.13.1", None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert whole_version(script) == ("0.13.1", head)
+    installed = importlib.metadata.version("megatron-core")
+    assert whole_version(tmp_path / "elsewhere" / "pretrain.py") == (installed, None)

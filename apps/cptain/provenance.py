@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cptain import __version__, atomic, image
+from cptain.megatron_version import whole_version
 from cptain.run_file import RunFile
 
 _PACKAGES = ("megatron-core", "numpy", "tokenizers", "torch", "transformer-engine", "transformers")
@@ -51,14 +52,17 @@ def write_provenance(run: RunFile, stage: str) -> dict[str, Any]:
     except (OSError, ValueError):
         content = {}
     versions = _versions()
+    megatron, commit = whole_version(run.train.script or Path(__file__))
+    if commit is None and megatron and megatron == image.label("cptain.megatron.version"):
+        commit = image.label("cptain.megatron.commit")
     content[stage] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "cptain": __version__,
         "git_commit": _git_commit(),
         "image": str(here) if (here := image.image_here()) else None,
-        "megatron": versions.get("megatron-core") or image.label("cptain.megatron.version"),
-        "megatron_commit": image.label("cptain.megatron.commit"),
+        "megatron": megatron,
+        "megatron_commit": commit,
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),

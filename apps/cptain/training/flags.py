@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cptain.errors import CptainError
 from cptain.megatron import weight_gradient
-from cptain.megatron.version import core_version
+from cptain.megatron_version import core_version
 from cptain.model import arguments
 from cptain.model.architecture import Architecture, model_folder
 from cptain.run_file import RunFile

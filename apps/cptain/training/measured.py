@@ -14,7 +14,7 @@ from typing import Any
 
 from cptain.history import now
 from cptain.megatron.log import read_peaks, read_steps
-from cptain.megatron.version import core_version
+from cptain.megatron_version import core_version
 from cptain.model.architecture import Architecture
 from cptain.run_file import RunFile
 from cptain.training.layout import Layout
