@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import RunFileMaker, cptain, cptain_process, write_jsonl
 from cptain.data.in_use import in_use
 from cptain.data.inputs import input_files
+from cptain.lock import living_holder
 from cptain.run_file import load_run
 from test_preprocess import obey_permissions
 
@@ -114,6 +116,19 @@ with in_use(Path({str(data)!r}), Path("/run")):
     subprocess.run([sys.executable, "-c", holder])
     assert list((data / ".in-use").iterdir())
     assert cptain("preprocess", file, "--force").exit_code == 0
+
+
+def test_the_next_training_of_a_run_waits_for_nobody_that_trained_on_another_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("/run")
+    with in_use(tmp_path, run):
+        mine = next((tmp_path / ".in-use").iterdir())
+    os.symlink(f"another-host|1|17|1|{int(time.time())}|0", mine)  # killed a moment ago
+    with in_use(tmp_path, run):
+        assert f"process {os.getpid()} on " in str(living_holder(mine))
+    assert not living_holder(mine)
+    assert capsys.readouterr().err == ""  # the wait for the run's own lock was the only one
 
 
 def test_data_of_another_user_that_may_only_be_read_is_trained_on_all_the_same(tmp_path: Path) -> None:

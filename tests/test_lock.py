@@ -76,9 +76,8 @@ def elsewhere(file: Path, age: float = 0) -> str:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A lock; nobody waits long for it, and a holder elsewhere is watched for half a second."""
+    """A lock; nobody waits long for it, and its holder touches it often."""
     monkeypatch.setattr("cptain.lock._PATIENCE", 0.1)
-    monkeypatch.setattr("cptain.lock._WATCHED", 0.5)
     monkeypatch.setattr("cptain.lock._BEAT", 0.02)
     return tmp_path / "a.lock"
 
@@ -101,7 +100,7 @@ def test_whoever_watches_takes_the_lock_of_a_holder_elsewhere_that_shows_no_life
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere(file, -3600)  # by a clock that is an hour ahead
-    with lock(file, "train", watch=True):
+    with lock(file, "train", watch=0.5):
         assert os.readlink(file).split("|")[2] == str(os.getpid())
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
@@ -109,23 +108,19 @@ def test_whoever_watches_takes_the_lock_of_a_holder_elsewhere_that_shows_no_life
     assert said[0].endswith(" was at it: waiting 0 s for a sign of its life")
 
 
-def test_whoever_watches_leaves_the_lock_to_a_holder_elsewhere_that_touches_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cptain.lock._WATCHED", 600)
+def test_whoever_watches_leaves_the_lock_to_a_holder_elsewhere_that_touches_it(file: Path) -> None:
     words = elsewhere(file)
     said = "train: process 17 on host another-host"
-    with _touching(file, words), pytest.raises(Held, match=said), lock(file, "train", watch=True):
+    with _touching(file, words), pytest.raises(Held, match=said), lock(file, "train", watch=600):
         pytest.fail("it was held")
     assert os.readlink(file) == words
 
 
-def test_whoever_watches_takes_a_lock_that_is_released_meanwhile(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptain.lock._WATCHED", 600)
+def test_whoever_watches_takes_a_lock_that_is_released_meanwhile(file: Path) -> None:
     elsewhere(file)
     release = Timer(0.1, file.unlink)
     release.start()
-    with lock(file, "train", watch=True):
+    with lock(file, "train", watch=600):
         assert str(living_holder(file)).startswith(f"process {os.getpid()} on ")
     release.join()
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from cptain.errors import CptainError
 
 STALE_AFTER = 900.0  # seconds without a touch, by the clocks of two hosts, which may differ
-_WATCHED = 90.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
+WATCHED = 90.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
 _BEAT = 20.0  # seconds
 _PATIENCE = 3.0  # seconds: a killed process takes a moment to be gone
 _LOOK = 0.1  # seconds from one look at a link to the next
@@ -119,9 +119,9 @@ def _remove(link: Path, words: str) -> bool:
     return _living(other, guard) is None and _remove(guard, other) and _remove(link, words)
 
 
-def _is_touched(file: Path, held: str) -> bool:
+def _is_touched(file: Path, held: str, seconds: float) -> bool:
     """Whether a holder elsewhere shows a sign of life while its link is watched. FileNotFoundError: it was released."""
-    first, end = file.lstat().st_mtime_ns, time.monotonic() + _WATCHED
+    first, end = file.lstat().st_mtime_ns, time.monotonic() + seconds
     while time.monotonic() < end and os.readlink(file) == held:
         if file.lstat().st_mtime_ns != first:
             return True
@@ -129,7 +129,7 @@ def _is_touched(file: Path, held: str) -> bool:
     return False
 
 
-def _take(file: Path, words: str, what: str, watch: bool) -> None:
+def _take(file: Path, words: str, what: str, watch: float | None) -> None:
     """Make the link `file` as soon as no living process has it. Arguments and errors are those of `lock`."""
     patience = time.monotonic() + _PATIENCE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +137,11 @@ def _take(file: Path, words: str, what: str, watch: bool) -> None:
         try:
             held = os.readlink(file)
             holder = _living(held, file)
-            if holder and watch and not holder.are_of_this_place:
-                print(f"{what}: {holder} was at it: waiting {_WATCHED:.0f} s for a sign of its life", file=sys.stderr)
-                holder = holder if _is_touched(file, held) else None
-                watch = holder is None
+            if holder and watch is not None and not holder.are_of_this_place:
+                if watch:
+                    print(f"{what}: {holder} was at it: waiting {watch:.0f} s for a sign of its life", file=sys.stderr)
+                holder = holder if _is_touched(file, held, watch) else None
+                watch = None if holder else watch
         except FileNotFoundError:
             continue  # just released
         if holder is None and _remove(file, held):
@@ -171,14 +172,15 @@ def _touching(file: Path, words: str) -> Iterator[None]:
 
 
 @contextmanager
-def lock(file: Path, what: str, watch: bool = False) -> Iterator[None]:
+def lock(file: Path, what: str, watch: float | None = None) -> Iterator[None]:
     """Hold the lock `file`.
 
     Args:
         file: the link that is the lock; its folder is made.
         what: what is done under it, for the message to whoever comes second.
-        watch: where the holder is on another host and has touched its link within `STALE_AFTER`, watch for a
-            minute and a half whether it does so again, and take the lock if not: it may have been killed a moment ago.
+        watch: where the holder is on another host and has touched its link within `STALE_AFTER`, watch for so many
+            seconds whether it does so again, and take the lock if not: it may have been killed a moment ago. `WATCHED`
+            is long enough to know; 0 is for a lock that only the holder of another one takes. None: not at all.
 
     Raises:
         Held: another process holds it.

@@ -22,11 +22,12 @@ _FOLDER = ".in-use"
 def in_use(data_folder: Path, run_folder: Path) -> Iterator[None]:
     """Keep preprocess from replacing what is in `data_folder` while the run in `run_folder` trains on it.
 
+    The caller holds the run's own lock. So whoever of this run left a lock here is dead, and its lock is taken at once:
+    a job that was killed on another host costs the next one a single wait, however many folders it reads.
+
     A folder that is not there, or that this user may not write to, is used without: its owner cannot be kept from
     anything.
 
-    Raises:
-        Held: another training of the run is at it.
     """
     name = hashlib.sha256(str(run_folder).encode()).hexdigest()[:16]
     try:
@@ -36,7 +37,7 @@ def in_use(data_folder: Path, run_folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         writable = False
-    with lock(data_folder / _FOLDER / f"{name}.lock", "train", watch=True) if writable else nullcontext():
+    with lock(data_folder / _FOLDER / f"{name}.lock", "train", watch=0) if writable else nullcontext():
         yield
 
 

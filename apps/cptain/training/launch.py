@@ -22,7 +22,7 @@ from cptain.data.in_use import in_use
 from cptain.data.trained_on import tokens_of_tables
 from cptain.data.validation import data_folders
 from cptain.errors import RESUMABLE, CptainError, bad_usage
-from cptain.lock import lock
+from cptain.lock import WATCHED, lock
 from cptain.progress import Progress
 from cptain.run_file import RunFile
 from cptain.training import measured
@@ -126,7 +126,7 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
     first = nodes is None or nodes.rank == 0
     with ExitStack() as held:
         if first:
-            held.enter_context(lock(run.folder / ".train.lock", f"train: {run.folder}", watch=True))
+            held.enter_context(lock(run.folder / ".train.lock", f"train: {run.folder}", watch=WATCHED))
             if run.train.from_:  # which the other run may remove meanwhile
                 held.enter_context(being_read(branched_from(run.train.from_)))
             for folder in data_folders(run):
