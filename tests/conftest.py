@@ -112,12 +112,13 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def of_session(leader: int) -> list[int]:
     """The living processes of a session."""
+    from cptain.processes import read_of_all, stat_fields
+
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(session) == leader and state != "Z":
-                found.append(int(stat.parent.name))
+    for pid, stat in read_of_all("stat"):
+        state, _, _, session = stat_fields(stat.decode(errors="replace"))[:4]
+        if int(session) == leader and state != "Z":
+            found.append(pid)
     return found
 
 

@@ -174,12 +174,10 @@ def execute(folder: Folder, job: str, submitted: str, task: str) -> int:
 def living(folder: Folder, job: str) -> list[int]:
     """The processes of a job, on all its hosts."""
     mark, found = f"PBS_JOBCOOKIE={folder.file(job)}".encode(), []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue  # it ended meanwhile, or is another user's
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):  # it ended meanwhile, or is another user's
+            if mark in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+                found.append(int(pid))
     return found
 
 

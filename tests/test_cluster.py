@@ -21,6 +21,7 @@ import pytest
 from clusters import Cluster, Submitted
 from conftest import PROJECT, TINY, make, write_run_file
 from cptain.megatron.log import read_steps, train_logs
+from cptain.processes import read_of_all
 from cptain.run_file import RunFile, load_run
 
 HOSTS = ("node0", "node1")
@@ -180,16 +181,13 @@ def test_the_demo_s_four_stages_on_two_nodes_with_a_deadline_in_between(
 def ranks(host: str) -> list[int]:
     """The training processes on a pretend host."""
     found = []
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"pretrain.py\0--cpu" in line.read_bytes() and b"torch.distributed.run" not in line.read_bytes():
-                name = subprocess.run(
-                    ["nsenter", "--target", line.parent.name, "--uts", "hostname"], capture_output=True, text=True
-                )
-                if name.stdout.strip() == host:
-                    found.append(int(line.parent.name))
-        except OSError:
-            continue  # it ended meanwhile
+    for pid, line in read_of_all("cmdline"):
+        if b"pretrain.py\0--cpu" in line and b"torch.distributed.run" not in line:
+            name = subprocess.run(
+                ["nsenter", "--target", str(pid), "--uts", "hostname"], capture_output=True, text=True
+            )
+            if name.stdout.strip() == host:
+                found.append(pid)
     return sorted(found)
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import RunFileMaker, cptain, cptain_process
 from cptain.checkpoint.tracker import read_tracker
 from cptain.megatron.log import train_logs
+from cptain.processes import read_of_all
 from cptain.run_file import load_run
 from cptain.training import stopping
 from test_train import last_line, losses, wait_for, wait_for_step
@@ -44,10 +45,7 @@ def test_a_signal_saves_the_step_in_hand_and_exits_75(
 def ranks(run_file: Path) -> list[int]:
     """The processes that run our training script for this run: torchrun and its ranks."""
     checkpoints = str(load_run(run_file).checkpoints_folder).encode()
-    lines = {file: readable(file) for file in Path("/proc").glob("[0-9]*/cmdline")}
-    return sorted(
-        int(file.parent.name) for file, line in lines.items() if b"pretrain.py\0--cpu" in line and checkpoints in line
-    )
+    return sorted(pid for pid, line in read_of_all("cmdline") if b"pretrain.py\0--cpu" in line and checkpoints in line)
 
 
 def test_a_killed_parent_leaves_no_rank(make_ready_run: RunFileMaker) -> None:
@@ -130,8 +128,7 @@ def test_a_rank_killed_after_a_save_ends_the_training_and_leaves_no_process(make
     file = make_ready_run(train__steps=100000, train__save_interval=2, train__eval_interval=100000)
     kill_a_rank(file, step=6)
     mark = str(load_run(file).folder).encode()
-    left = [environ for environ in Path("/proc").glob("[0-9]*/environ") if mark in readable(environ)]
-    assert not left
+    assert not [pid for pid, environment in read_of_all("environ") if mark in environment]
 
 
 def readable(file: Path) -> bytes:

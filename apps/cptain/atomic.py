@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cptain.errors import CptainError
-from cptain.lock import process_start, this_place
+from cptain.lock import this_place
+from cptain.processes import process_start
 
 PARTIAL = ".partial"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cptain.lock import process_start
+from cptain.processes import process_start, stat_fields
 
 _LABELS = Path("/.singularity.d/labels.json")  # Apptainer writes it into every image
 _COMMIT_LABEL = "org.opencontainers.image.revision"
@@ -60,7 +60,7 @@ def start_seconds() -> float | None:
     pid = os.getpid()
     try:
         while pid > 1:
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            parent = int(stat_fields(Path(f"/proc/{pid}/stat").read_text())[1])
             if b"untime parent" in Path(f"/proc/{parent}/cmdline").read_bytes():  # "Apptainer runtime parent: a.sif"
                 began, ended = process_start(parent), process_start(pid)
                 return (int(ended or 0) - int(began or 0)) / os.sysconf("SC_CLK_TCK")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cptain.errors import CptainError
+from cptain.processes import process_start
 
 STALE_AFTER = 900.0  # seconds without a touch, by the clocks of two hosts, which may differ
 WATCHED = 90.0  # seconds without a touch, by this host's clock alone; other nodes may see a touch a minute late
@@ -33,16 +34,6 @@ _LOOK = 0.1  # seconds from one look at a link to the next
 
 class Held(CptainError):
     """Another process, which lives, has the lock."""
-
-
-def process_start(pid: int) -> str | None:
-    """When a process began, in ticks since boot: a number that is used again has another. None where it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            state, *fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
 
 
 def this_place() -> tuple[str, str]:

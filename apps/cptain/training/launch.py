@@ -23,6 +23,7 @@ from cptain.data.trained_on import tokens_of_tables
 from cptain.data.validation import data_folders
 from cptain.errors import RESUMABLE, CptainError, bad_usage
 from cptain.lock import WATCHED, lock
+from cptain.processes import read_of_all, stat_fields
 from cptain.progress import Progress
 from cptain.run_file import RunFile
 from cptain.training import measured
@@ -68,12 +69,7 @@ def _die_with_parent() -> None:
 
 def _ranks(torchrun: int) -> list[int]:
     """The process ids of torchrun's children."""
-    ranks = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == torchrun:
-                ranks.append(int(stat.parent.name))
-    return ranks
+    return [pid for pid, stat in read_of_all("stat") if int(stat_fields(stat.decode(errors="replace"))[1]) == torchrun]
 
 
 def _ask_to_stop(process: "subprocess.Popen[str]") -> None:
@@ -91,10 +87,10 @@ def _end_what_is_left(process: "subprocess.Popen[str]", error_file: Path) -> Non
     process.wait()
     time.sleep(_LEFTOVERS)
     mark = f"{_MARK}={error_file}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if mark in environ.read_bytes().split(b"\0"):
-                os.kill(int(environ.parent.name), signal.SIGKILL)
+    for pid, environment in read_of_all("environ"):
+        if mark in environment.split(b"\0"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _end_now(process: "subprocess.Popen[str]") -> None:
