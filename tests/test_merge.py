@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunFileMaker, as_if_trained, cptain, leftovers
+from cptain.checkpoint.streaming import write_files
 from cptain.run_file import load_run, write_resolved
 from safetensors.torch import load_file, save_file
 
@@ -163,6 +164,25 @@ def test_models_that_are_unlike_are_refused_by_name_and_leave_nothing(
         assert not (tmp_path / "out").exists()
         assert not leftovers(tmp_path)
         shutil.rmtree(other)
+
+
+def test_a_model_that_is_replaced_while_it_is_read_gives_no_merged_model(
+    models: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, out = models(torch.float32, 2), tmp_path / "soup"
+    weights = folders[1] / "model.safetensors"
+
+    def replaced(*arguments: Any) -> None:
+        copy = shutil.copyfile(weights, tmp_path / "copy")  # even one of the same bytes
+        write_files(*arguments)
+        copy.replace(weights)
+
+    monkeypatch.setattr("cptain.checkpoint.merge.write_files", replaced)
+    refused = cptain("merge", out, *folders)
+    assert refused.exit_code == 1
+    assert refused.output.endswith(f"cptain: merge: {weights}: changed while it was read: run it again\n")
+    assert not out.exists()
+    assert not leftovers(tmp_path)
 
 
 def test_what_cannot_be_meant_is_refused(models: Callable[..., list[Path]], tmp_path: Path) -> None:

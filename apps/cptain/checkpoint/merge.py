@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,28 @@ def read_weight(text: str) -> tuple[Path, float]:
     return Path(name).absolute(), value
 
 
+def _marks(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """By what a file that was written meanwhile is known, though its name is the same."""
+    found = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
 @contextmanager
 def _opened(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
+    """A model, whose `check` also refuses what changed meanwhile: else its hash would not be that of what was read."""
+    before = _marks(folder) if folder.is_dir() else {}
+    with _found(folder, weight, workers) as model:
+
+        def check(workers: int) -> None:
+            model.check(workers)
+            if changed := sorted(name for name, _ in before.items() ^ _marks(folder).items()):
+                raise CptainError(f"merge: {folder / changed[0]}: changed while it was read: run it again")
+
+        yield replace(model, check=check)
+
+
+@contextmanager
+def _found(folder: Path, weight: float, workers: int) -> Iterator[_Model]:
     if (folder / "config.json").is_file():
         with SafetensorsReader(folder) as reader:
             tensors: dict[str, _Tensor] = {
