@@ -19,6 +19,12 @@ from stand_ins import (
     write_site,
 )
 
+STAGES: dict[str, Any] = {
+    "data.mix": [{"name": "all", "input": "*.jsonl", "weight": 1}],
+    "data.stage": [{"step": 5, "weight": {"all": 1}}, {"step": 3, "weight": {"all": 1}}],
+    "train.steps": 10,
+}
+
 
 @pytest.mark.parametrize(
     ("change", "says"),
@@ -29,6 +35,7 @@ from stand_ins import (
         ({"model.hf": "{here}/no"}, "model.hf = {here}/no: no such folder"),
         ({"model.tokenizer": "{here}/no"}, "model.tokenizer = {here}/no: no such folder"),
         ({"data.input": ["{here}/no/*.jsonl"]}, "data.input: {here}/no/*.jsonl matches no "),
+        (STAGES, "data.stage: one begins at step 5, and ends at step 3 of 10: stages must follow"),
     ],
 )
 def test_what_a_job_would_refuse_is_refused_before_it_waits(

@@ -15,6 +15,7 @@ from cptain.data.manifest import Record
 from cptain.data.split import training_tokens
 from cptain.errors import bad_usage
 from cptain.run_file import RunFile
+from cptain.run_stages import Stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,26 @@ def parts_to_train(run: RunFile, records: list[Record]) -> list[tuple[Part, int]
     ]
 
 
+def spans(run: RunFile, steps: int) -> list[tuple[int, int, Stage | None]]:
+    """Steps done before and after each stage, and its table; None: the weights of the mix hold.
+
+    Args:
+        run: the run.
+        steps: in all.
+
+    Raises:
+        CptainError: exit status 2: stages that do not follow one another within the run.
+    """
+    begins: list[tuple[int, Stage | None]] = [(stage.begin(steps), stage) for stage in run.data.stage]
+    if not begins or begins[0][0] > 0:
+        begins.insert(0, (0, None))
+    ends = [begin for begin, _ in begins[1:]] + [steps]
+    for (begin, _), end in zip(begins, ends, strict=True):
+        if begin >= end:
+            bad_usage(f"data.stage: one begins at step {begin}, and ends at step {end} of {steps}: stages must follow")
+    return [(begin, end, stage) for (begin, stage), end in zip(begins, ends, strict=True)]
+
+
 def stages(run: RunFile, found: list[tuple[Part, int]], steps: int) -> list[StageOf]:
     """The stages of a run.
 
@@ -48,20 +69,15 @@ def stages(run: RunFile, found: list[tuple[Part, int]], steps: int) -> list[Stag
         steps: in all.
 
     Raises:
-        CptainError: exit status 2: stages that do not follow one another within the run, that name a part without a
-            document to train on, or whose repeats take another number of steps.
+        CptainError: exit status 2: stages that name a part without a document to train on, or whose repeats take
+            another number of steps; see also `spans`.
     """
     if not run.data.stage:
         return [StageOf(0, steps, _normal([part.weight if tokens else 0.0 for part, tokens in found]))]
-    asked = [(stage.begin(steps), stage.amounts, stage.repeat is not None) for stage in run.data.stage]
-    if asked[0][0] > 0:
-        first = {part.name: part.repeat if run.data.repeats else part.weight for part, _ in found}
-        asked.insert(0, (0, first, run.data.repeats))
-    ends = [begin for begin, _, _ in asked[1:]] + [steps]
+    of_mix = {part.name: part.repeat if run.data.repeats else part.weight for part, _ in found}
     plans = []
-    for (begin, amounts, repeats), end in zip(asked, ends, strict=True):
-        if begin >= end:
-            bad_usage(f"data.stage: one begins at step {begin}, and ends at step {end} of {steps}: stages must follow")
+    for begin, end, stage in spans(run, steps):
+        amounts, repeats = (stage.amounts, stage.repeat is not None) if stage else (of_mix, run.data.repeats)
         for part, tokens in found:
             if amounts.get(part.name) and not tokens:
                 bad_usage(f"data.stage: {part.name} has no document to train on by data.split = {run.data.split}")

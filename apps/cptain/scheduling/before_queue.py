@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from cptain.data.inputs import input_files
+from cptain.data.stages import spans
 from cptain.data.steps import known_steps
 from cptain.data.tokenized import find_pairs
 from cptain.data.vocabulary import run_architecture
@@ -52,6 +53,8 @@ def _check_data(run: RunFile) -> None:
     text, pairs = (
         [pattern for pattern in patterns if is_here(Path(pattern))] for patterns in (run.data.input, run.data.tokenized)
     )
+    if steps := known_steps(run):
+        spans(run, steps)
     if (run.data_folder / "manifest.json").exists():
         return
     try:
