@@ -38,14 +38,14 @@ def test_each_set_has_its_own_loss_in_log_and_metrics_which_is_the_models_own(
     file = make_run(data__validation=sets, data__split=None, train__eval_steps=2)
     made = cptain("preprocess", file)
     assert made.exit_code == 0, made.output
-    assert "preprocess: validation part: 5 texts are in data.input too: left out" in made.output
+    assert "preprocess: validation part: 5 texts are trained on too: left out" in made.output
     assert "preprocess: validation ja: " not in made.output.replace("preprocess: validation ja:\n", "")
     assert cptain("convert", file).exit_code == 0
     sizes = ("--set", "parallel.pipeline=2", "--set", 'train.megatron_args=["--exit-interval", "4"]')
     stopped = cptain("train", file, "--cpu", *sizes)  # only the first stage and the last read data
     assert stopped.exit_code == 75, stopped.output
     assert "train: validation part: 6 texts, " in stopped.output
-    assert " tokens; 5 more are in data.input too, and left out" in stopped.output
+    assert " tokens; 5 more are trained on too, and left out" in stopped.output
     resumed = cptain(
         "train", file, "--cpu", "--set", "parallel.tensor=2"
     )  # the numbers of the sets are sent to the peer
@@ -121,20 +121,45 @@ def test_texts_in_both_are_found_token_by_token(tmp_path: Path) -> None:
     """Against a plain comparison, on texts of few tokens, which are alike in many places."""
     generator = random.Random(7)
     made: dict[str, list[list[int]]] = {}
+    eod = 9
     for name, count, dtype in (("few", 300, np.int32), ("more", 900, np.uint16), ("others", 500, np.int32)):
         made[name] = [[generator.randrange(3) for _ in range(generator.randrange(9))] for _ in range(count)]
         made[name][3] = [1] * 5000
         made[name][4] = [1] * 4999 + [len(name)]
         writer = IndexedDatasetWriter(tmp_path / f"{name}.bin", dtype)
-        for ids in made[name]:
+        for number, text in enumerate(made[name]):
+            ids = text if name == "more" and number % 2 else [*text, eod]  # as by a tool that adds none
             lengths = np.array([len(ids)], dtype=np.int32)
             writer.add(EncodedDocuments(np.array(ids, dtype=dtype), lengths, np.ones(1, dtype=np.int64)))
         writer.write_index(tmp_path / f"{name}.idx")
     many = {tuple(ids) for name in ("more", "others") for ids in made[name]}
     plain = [number for number, ids in enumerate(made["few"]) if ids and tuple(ids) in many]
     assert 10 < len(plain) < 290
-    assert texts_in_both([tmp_path / "few"], [tmp_path / "more", tmp_path / "others"]) == {tmp_path / "few": plain}
-    assert texts_in_both([tmp_path / "few"], []) == {}
+    both = texts_in_both([tmp_path / "few"], [tmp_path / "more", tmp_path / "others"], eod)
+    assert both == {tmp_path / "few": plain}
+    assert texts_in_both([tmp_path / "few"], [], eod) == {}
+
+
+def test_a_set_of_pairs_that_are_there_is_compared_with_the_data_as_one_of_text_is(
+    make_run: RunFileMaker, sets: list[dict[str, str]], tmp_path: Path
+) -> None:
+    held = make_run(data__input=[sets[1]["input"]], data__output=str(tmp_path / "held-pairs"))
+    assert cptain("preprocess", held).exit_code == 0
+    pairs = [{"name": "part", "tokenized": f"{tmp_path}/held-pairs/*"}]
+    file = make_run(data__validation=pairs, data__split=None)
+    made = cptain("preprocess", file)
+    assert made.exit_code == 0, made.output
+    assert "preprocess: validation part: 5 texts are trained on too: left out" in made.output
+    assert cptain("convert", file).exit_code == 0
+    dry = cptain("train", file, "--cpu", "--dry-run")
+    assert "train: validation part: 6 texts, " in dry.output
+    own = [{"name": "own", "tokenized": f"{tmp_path}/held-pairs/both_text_document"}]
+    refused = cptain(
+        "preprocess",
+        make_run(data__tokenized=[own[0]["tokenized"]], data__input=[], data__validation=own, data__split=None),
+    )
+    assert refused.exit_code == 2
+    assert refused.output.endswith("held-pairs/both_text_document.bin is trained on too: leave it out of one\n")
 
 
 @pytest.mark.parametrize(
@@ -142,13 +167,15 @@ def test_texts_in_both_are_found_token_by_token(tmp_path: Path) -> None:
     [
         (
             {"data__validation": [{"name": "a", "input": "x"}], "data__split": "90,10,0"},
-            'data: split = "90,10,0": with [[data.validation]] all of data.input is trained on: leave it out',
+            'data: split = "90,10,0": with [[data.validation]] all of the data is trained on: leave it out',
         ),
         (
             {"data__validation": [{"name": "a", "input": "x"}, {"name": "a", "input": "y"}]},
             'data: two [[data.validation]] sets are called "a"',
         ),
         ({"data__validation": [{"name": "a b", "input": "x"}]}, "data.validation[0].name"),
+        ({"data__validation": [{"name": "a"}]}, "give input or tokenized"),
+        ({"data__validation": [{"name": "a", "input": "x", "tokenized": "y"}]}, "give input or tokenized"),
     ],
 )
 def test_sets_that_cannot_be_are_refused(make_run: RunFileMaker, changes: dict[str, Any], message: str) -> None:
@@ -162,7 +189,7 @@ def test_a_file_that_is_trained_on_is_no_validation(make_run: RunFileMaker, text
     result = cptain("preprocess", file)
     assert result.exit_code == 2
     assert "data.validation: a: " in result.output
-    assert "sub/a.jsonl.gz is matched by data.input too: leave it out of one" in result.output
+    assert "sub/a.jsonl.gz is trained on too: leave it out of one" in result.output
 
 
 def test_what_was_not_compared_with_the_data_as_it_is_trains_nothing(
@@ -180,7 +207,7 @@ def test_what_was_not_compared_with_the_data_as_it_is_trains_nothing(
     left_out.write_text(json.dumps({**content, "made_of": "something else"}))
     result = cptain("train", make_run(data__split=None, data__validation=sets[:1]), "--dry-run")
     assert result.exit_code == 1
-    assert "data.validation: ja: not compared with data.input as it is now: run preprocess again" in result.output
+    assert "data.validation: ja: not compared with the data as it is now: run preprocess again" in result.output
     file = make_run(data__split=None, data__validation=sets[:1], train__seq_length=100000)
     assert cptain("preprocess", file).exit_code == 0
     result = cptain("train", file, "--dry-run")

@@ -58,10 +58,21 @@ class MixPart(Section):
 
 
 class ValidationSet(Section):
-    """A [[data.validation]] table: the files that `input` matches are validated on, and the loss is that of `name`."""
+    """A [[data.validation]] table: what `input` or `tokenized` matches is validated on, and the loss is that of `name`.
+
+    input: a glob of text files.
+    tokenized: a glob of .bin/.idx pairs, in its place.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    input: Glob
+    input: Glob | None = None
+    tokenized: PairGlob | None = None
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.input is None) == (self.tokenized is None):
+            raise ValueError("give input or tokenized")
+        return self
 
 
 class Data(Section):
@@ -143,7 +154,7 @@ class Data(Section):
             raise ValueError(f'two [[data.validation]] sets are called "{double}"')
         if names and self.split != _ALL_TO_TRAIN:
             raise ValueError(
-                f'split = "{self.split}": with [[data.validation]] all of data.input is trained on: leave it out'
+                f'split = "{self.split}": with [[data.validation]] all of the data is trained on: leave it out'
             )
         return self
 

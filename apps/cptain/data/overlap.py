@@ -19,16 +19,19 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd number: multiplying by it loses n
 
 
 class _Pair:
-    """A pair's texts: cptain writes them one after another, in the order of the .idx file."""
+    """A pair's texts, which lie one after another in the order of the .idx file, each without its `eod` where it ends
+    with that: not every tool that writes pairs adds one."""
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, eod: int) -> None:
         self.dtype, lengths = read_lengths(str(prefix))
         self.lengths = lengths.astype(np.int64)
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        empty = not self.lengths.sum()
-        self.ids: npt.NDArray[Any] = (
-            np.zeros(0, self.dtype) if empty else np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
-        )
+        ends = np.cumsum(self.lengths)
+        self.starts = ends - self.lengths
+        self.ids: npt.NDArray[Any] = np.zeros(0, self.dtype)
+        filled = self.lengths > 0
+        if filled.any():
+            self.ids = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
+            self.lengths[filled] -= self.ids[ends[filled] - 1] == eod
 
     def looks(self, first: int, stop: int) -> npt.NDArray[np.uint64]:
         """A number for each of some texts, which equal texts share; 0 for an empty one."""
@@ -47,17 +50,18 @@ class _Pair:
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def texts_in_both(few: list[Path], many: list[Path]) -> dict[Path, list[int]]:
+def texts_in_both(few: list[Path], many: list[Path], eod: int) -> dict[Path, list[int]]:
     """The texts of `few` that `many` has too; an empty text is none.
 
     Args:
         few: pairs, without .bin and .idx; these are held in memory by their hashes.
         many: likewise.
+        eod: the id that ends a text, or is left out there.
 
     Returns:
         Numbers of texts, ascending, by the pair of `few` that they are in; pairs that have none are left out.
     """
-    pairs = {prefix: _Pair(prefix) for prefix in few}
+    pairs = {prefix: _Pair(prefix, eod) for prefix in few}
     places: dict[bytes, list[tuple[Path, int]]] = {}
     looks = set[int]()
     for prefix, pair in pairs.items():
@@ -67,7 +71,7 @@ def texts_in_both(few: list[Path], many: list[Path]) -> dict[Path, list[int]]:
     wanted = np.array(sorted(looks - {0}), dtype=np.uint64)
     found: dict[Path, set[int]] = {}
     for prefix in many:
-        pair = _Pair(prefix)
+        pair = _Pair(prefix, eod)
         for first in range(0, len(pair.lengths), _AT_ONCE):
             seen = pair.looks(first, first + _AT_ONCE)
             for text in np.flatnonzero(np.isin(seen, wanted)).tolist():

@@ -21,12 +21,14 @@ from cptain.data.manifest import Record, read_manifest
 from cptain.data.overlap import texts_in_both
 from cptain.data.preprocess import preprocess
 from cptain.data.split import read_lengths
-from cptain.data.tokenized import folders_of_pairs
+from cptain.data.tokenized import find_pairs, folders_of_pairs
+from cptain.data.tokenizer import tokenizer_facts
 from cptain.errors import CptainError, bad_usage
 from cptain.run_file import RunFile
 
 _FOLDER = ".validation"
 _LEFT_OUT = "left-out.json"
+_COMPARED = "without the token that ends a text"  # how; another way needs another word
 
 
 def set_runs(run: RunFile) -> dict[str, RunFile]:
@@ -36,8 +38,8 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
             update={
                 "data": run.data.model_copy(
                     update={
-                        "input": [one.input],
-                        "tokenized": [],
+                        "input": [one.input] if one.input else [],
+                        "tokenized": [one.tokenized] if one.tokenized else [],
                         "output": run.data_folder / _FOLDER / one.name,
                         "mix": "tokens",
                         "validation": [],
@@ -51,7 +53,8 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
 
 def data_folders(run: RunFile) -> list[Path]:
     """The folders that a training of the run reads tokens from."""
-    return [run.data_folder, *folders_of_pairs(run), *(one.data_folder for one in set_runs(run).values())]
+    every = [run, *set_runs(run).values()]
+    return [folder for one in every for folder in (one.data_folder, *folders_of_pairs(one))]
 
 
 def preprocess_all(run: RunFile, *arguments: Any) -> bool:
@@ -78,17 +81,25 @@ def preprocess_all(run: RunFile, *arguments: Any) -> bool:
     return worked
 
 
+def _files(run: RunFile) -> dict[str, Path]:
+    """The files of text and the pairs of a run, by where they really are."""
+    pairs = [pair.with_name(f"{pair.name}.bin") for pair in find_pairs(run.data.tokenized)]
+    return {os.path.realpath(file): file for file in (*input_files(run.data.input).values(), *pairs)}
+
+
 def _are_apart(run: RunFile, sets: dict[str, RunFile]) -> None:
-    trained = {os.path.realpath(file): file for file in input_files(run.data.input).values()} if sets else {}
+    trained = _files(run) if sets else {}
     for name, one in sets.items():
-        for file in input_files(one.data.input).values():
-            if other := trained.get(os.path.realpath(file)):
-                bad_usage(f"data.validation: {name}: {other} is matched by data.input too: leave it out of one")
+        for other in (trained[place] for place in _files(one) if place in trained):
+            bad_usage(f"data.validation: {name}: {other} is trained on too: leave it out of one")
 
 
 def _made_of(records: list[Record], of_set: list[Record]) -> str:
     """A hash of the training data and a set's, by which one knows whether what was left out is still right."""
-    lines = [[record.prefix, record.sha256, record.tokens, str(record.recipe)] for record in [*records, *of_set]]
+    lines = [
+        [_COMPARED],
+        *([record.prefix, record.sha256, record.tokens, str(record.recipe)] for record in [*records, *of_set]),
+    ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
@@ -112,11 +123,12 @@ def _leave_out(run: RunFile, name: str, one: RunFile) -> None:
     found = _left_out(one, records, of_set)
     if found is None:
         few = {one.data_folder / record.prefix: record.prefix for record in of_set}
-        both = texts_in_both(list(few), [run.data_folder / record.prefix for record in records])
+        eod = tokenizer_facts(run.tokenizer, run.tokenizers_folder).eos
+        both = texts_in_both(list(few), [run.data_folder / record.prefix for record in records], eod)
         found = {few[prefix]: texts for prefix, texts in both.items()}
         atomic.write_json(one.data_folder / _LEFT_OUT, {"made_of": _made_of(records, of_set), "texts": found})
     if count := sum(map(len, found.values())):
-        print(f"preprocess: validation {name}: {count:,} texts are in data.input too: left out", file=sys.stderr)
+        print(f"preprocess: validation {name}: {count:,} texts are trained on too: left out", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ class ToValidate:
     left_out: int
 
     def __str__(self) -> str:
-        also = f"; {self.left_out:,} more are in data.input too, and left out" if self.left_out else ""
+        also = f"; {self.left_out:,} more are trained on too, and left out" if self.left_out else ""
         return f"validation {self.name}: {self.texts:,} texts, {self.tokens:,} tokens{also}"
 
 
@@ -159,9 +171,7 @@ def check_validation(run: RunFile, records: list[Record]) -> list[ToValidate]:
         of_set = check_data(one)
         left_out = _left_out(one, records, of_set)
         if left_out is None:
-            raise CptainError(
-                f"data.validation: {name}: not compared with data.input as it is now: run preprocess again"
-            )
+            raise CptainError(f"data.validation: {name}: not compared with the data as it is now: run preprocess again")
         found.append(_to_validate(name, one, of_set, left_out))
         if found[-1].tokens <= run.train.seq_length:
             bad_usage(
