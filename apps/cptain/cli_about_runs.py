@@ -6,6 +6,7 @@ Apart from cli.py, which has the stages; the same options, loading and errors.
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -83,6 +84,52 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     from cptain.report.page import write_report
 
     click.echo(write_report(list(runs), out))
+
+
+@click.command("eval")
+@run_options
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="A task of the harness, or a group. Repeatable.",
+)
+@click.option(
+    "--tasks-folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of more tasks, in the harness's YAML; their data may be files.",
+)
+@click.option("--few-shot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Questions at once.  [default: what fits on a GPU; 1 without]"
+)
+@click.option("--force", is_flag=True, help="Do again what is done: for a task that was changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def eval_command(
+    run: Path,
+    overrides: tuple[str, ...],
+    tasks: tuple[str, ...],
+    tasks_folder: Path | None,
+    few_shot: int | None,
+    limit: int | None,
+    batch_size: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Score the base model and the run's exports in tasks of lm-evaluation-harness: what was won, what forgotten.
+
+    What is in <run>/eval.json already, of the same weights, task and options, is not done again.
+
+    cptain eval run.toml --task jsquad --task gsm8k --few-shot 4
+    """
+    from cptain.checkpoint.evaluate import Settings, evaluate, table
+
+    settings = Settings(few_shot, limit)
+    scores = evaluate(load(run, overrides), list(dict.fromkeys(tasks)), settings, tasks_folder, batch_size, force)
+    click.echo(json.dumps({"scores": [asdict(one) for one in scores]}, indent=2) if as_json else table(scores))
 
 
 @click.command()
