@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROJECT, RunFileMaker, as_if_trained, cptain, of_session
+from cptain.data.hf_tokenizer import load_tokenizer
 from spython.main import get_client
+from transformers import LlamaTokenizer
 
 STAGES = ("preprocess", "convert", "train", "export")
 NOBODY = 65534
@@ -56,7 +58,11 @@ class Place:
         self.folder, self.home, self.apptainer, self.image = folder, folder / "home", apptainer, image
         self.user = AS_NOBODY if user == "nobody" else []
         self.home.mkdir()
-        if user == "nobody":
+        self.owns(folder)
+
+    def owns(self, folder: Path) -> None:
+        """Give the user a folder with all that is in it."""
+        if self.user:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
 
@@ -94,14 +100,24 @@ def digest(file: Path) -> str:
 
 
 @pytest.mark.parametrize("place", USERS[-1:], indirect=True)  # the most common: no root, no FUSE
-def test_the_four_stages_run_from_a_read_only_image(place: Place) -> None:
+def test_the_four_stages_run_from_a_read_only_image(place: Place, model: Path, tmp_path: Path) -> None:
+    """On a model that transformers 5 saved, in an image that has 4."""
     before = digest(place.image)
+    shutil.rmtree(place.folder / "demo" / "model")
+    place.owns(Path(shutil.copytree(model, place.folder / "demo" / "model")))
+    assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
     secrets = {"HF_TOKEN": "hf_very_secret", "WANDB_API_KEY": "wandb_very_secret"}
     for stage in STAGES:
         done = place.run(stage, "runs/tiny.toml", *QUICK, *(["--cpu"] if stage == "train" else []), **secrets)
         assert done.returncode == 0, done.stderr
     run = place.folder / "demo" / "runs" / "tiny"
-    assert (run / "hf" / "iter_0000004" / "model.safetensors").stat().st_size > 1e6
+    assert (run / "hf" / "iter_0000004" / "model.safetensors").stat().st_size > 1e5
+    here = tmp_path / "data"
+    output = cptain("preprocess", place.folder / "runs" / "tiny.toml", "--set", f'data.output="{here}"')
+    assert output.exit_code == 0, output.output
+    pairs = sorted(file.relative_to(here) for file in here.rglob("*.bin"))
+    assert pairs
+    assert all((here / pair).read_bytes() == (run / "data" / pair).read_bytes() for pair in pairs)
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["train"]["git_commit"]
     assert provenance["train"]["packages"]["megatron-core"]
@@ -137,6 +153,25 @@ print(transformers.__version__)
         logits.append(torch.load(saved))
     assert versions[0] != versions[1]
     assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+def test_a_tokenizer_that_transformers_5_saved_gives_the_same_ids_in_an_image_with_4(place: Place) -> None:
+    """4 would put a BOS before every text of this one, whose class it knows: its default, and not 5's."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlo", "▁a", "he", "ll"]
+    merges = [("▁", "a"), ("h", "e"), ("l", "l")]
+    tokenizer = LlamaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
+    folder = place.folder / "llama"
+    tokenizer.save_pretrained(folder)
+    place.owns(folder)
+    text = "hello a 猫<|x|> b</s>"
+    code = "import sys; from pathlib import Path; from cptain.data.hf_tokenizer import load_tokenizer as load; "
+    code += "print(load(Path(sys.argv[1]))(sys.argv[2])['input_ids'])"
+    inside = [place.apptainer, "exec", "--bind", str(place.folder), str(place.image), "python3", "-c", code]
+    done = subprocess.run(
+        [*inside, str(folder), text], env=place.environment({}), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == tokenizer(text)["input_ids"] == load_tokenizer(folder)(text)["input_ids"]
 
 
 def test_training_that_gets_sigterm_saves_exits_75_and_resumes(place: Place) -> None:

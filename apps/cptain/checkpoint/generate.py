@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from cptain.data.hf_tokenizer import load_tokenizer
 from cptain.errors import CptainError, bad_usage, one_line
 from cptain.progress import human
 
@@ -29,11 +30,11 @@ def generate(folder: Path, text: str, tokens: int, temperature: float, seed: int
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is in the folder
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
         ids = tokenizer(text)["input_ids"] or [token for token in (tokenizer.bos_token_id,) if token is not None]
         if not ids:

@@ -88,7 +88,9 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         return entries
     except FileNotFoundError:
         raise CptainError(f"{file}: missing") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except OSError as error:
+        raise CptainError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CptainError(f"{file}: not a valid safetensors file: {one_line(error)}") from error
 
 

@@ -11,10 +11,7 @@ tokenizer holds: where it is set, Hugging Face's library encodes alone.
 """
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -32,6 +29,7 @@ import orjson
 
 from cptain import __version__, atomic
 from cptain.data.agreement import has_tables, split, unlike
+from cptain.data.hf_tokenizer import ask_transformers, load_tokenizer
 from cptain.errors import CptainError, one_line
 from cptain.model.architecture import model_folder
 
@@ -152,7 +150,7 @@ def tokenizer_facts(name: str, cache: Path | None = None) -> TokenizerFacts:
             known: dict[str, Any] = orjson.loads(file.read_bytes())
             if known.keys() == {one.name for one in fields(TokenizerFacts)}:
                 return TokenizerFacts(**known)
-    facts = TokenizerFacts(digest, **_ask_transformers(folder))
+    facts = TokenizerFacts(digest, **ask_transformers(folder))
     if file is not None:
         atomic.remove_stale_partials(file.parent)
         with suppress(OSError, CptainError):  # of another user of the work_dir: asked every time
@@ -197,7 +195,7 @@ class Tokenizer:
         self._fast: _Fast | None = None
         self._unlike: frozenset[str] = frozenset()
         if serialized is None:
-            self._slow, self.backend = _from_transformers(self.folder), "transformers, in Python: it has no fast form"
+            self._slow, self.backend = load_tokenizer(self.folder), "transformers, in Python: it has no fast form"
             return
         if facts.split_special_tokens:
             self._hf: Any = _hf(serialized)
@@ -263,76 +261,6 @@ class Tokenizer:
     def check(self, text: str, ids: Ids) -> bool:
         """Whether Hugging Face gives `text` the same ids."""
         return self._fast is None or self.exact([text])[0] == ids.tolist()
-
-
-def _from_transformers(folder: Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about long sequences
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:
-        raise CptainError(f"{folder}: the tokenizer cannot be loaded: {one_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise CptainError(f"{folder}: the tokenizer has no eos_token, which ends a document")
-    return tokenizer
-
-
-def _ask_transformers(folder: Path) -> dict[str, Any]:
-    """What transformers makes of a tokenizer's folder, asked in a process of its own, whose memory ends with it.
-
-    Returns:
-        All of `TokenizerFacts` but the hash.
-
-    Raises:
-        CptainError: transformers cannot load it, or it has no EOS.
-    """
-    # A tokenizer needs no torch; importing it would double the time and the memory.
-    ask = "import sys; sys.modules['torch'] = None; from cptain.data.tokenizer import _answer; _answer(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", ask, str(folder)], capture_output=True, text=True)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise CptainError(f"{folder}: the tokenizer cannot be loaded: {said[-1]}") from None
-    if "error" in answer:
-        raise CptainError(answer["error"])
-    return answer
-
-
-def _answer(folder: str) -> None:
-    """The other side of `_ask_transformers`: print the answer, as JSON on one line."""
-    try:
-        tokenizer = _from_transformers(Path(folder))
-    except CptainError as error:
-        print(json.dumps({"error": str(error)}))
-        return
-    backend = getattr(tokenizer, "_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    serialized = _short(backend) if backend is not None else None
-    answer = {
-        "eos": tokenizer.eos_token_id,
-        "length": len(tokenizer),
-        "size": max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder]) + 1,
-        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
-        "tokenizer": serialized,
-    }
-    print(json.dumps(answer))
-
-
-def _short(tokenizer: Any) -> str:
-    """A tokenizer of the tokenizers library, serialized with its merges as "a b", the older form, where that loads as
-    the very same tokenizer: 280,000 pairs as lists of two take a third of the time to load and half of the memory."""
-    serialized: str = tokenizer.to_str()
-    content = orjson.loads(serialized)
-    with suppress(Exception):  # no merges; or white space in one, which the older form cannot hold
-        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-        short = orjson.dumps(content).decode()
-        if type(tokenizer).from_str(short).to_str() == serialized:
-            return short
-    return serialized
 
 
 def _hf(serialized: str) -> Any:
