@@ -33,10 +33,11 @@ from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
-from cptain.training import order, resumed_optimizer, validation
+from cptain.training import order, packing, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
-from cptain.training.ledger import Ledger, numbered
+from cptain.training.ledger import Ledger
+from cptain.training.sequences import data_set_class
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
@@ -44,6 +45,10 @@ before_import(CPU)  # here, not in main: Megatron's spawned children import this
 Batch = dict[str, torch.Tensor]
 _validation_sets: list[validation.Named] = []  # of --validation-sets, the same on every rank
 _blend_content: dict[str, Any] = {}  # of --blend
+
+
+def _masks_documents() -> bool:
+    return bool(_blend_content["documents"] == "masked")
 
 
 def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_loss: float, **more: Any) -> Any:
@@ -83,10 +88,11 @@ def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_lo
 
 
 def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size].
+    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size], or
+    [1, micro batch × sequence] where documents are masked.
 
     Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or, of what
-    counts, 1 or the number of a validation set.
+    counts, 1 or the number of a domain or a validation set, negative where it is not trained on.
     """
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -112,6 +118,8 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
         rank = parallel_state.get_context_parallel_rank()
         chunks = packed.chunk(2 * size, dim=2)
         packed = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2)
+    if _masks_documents():
+        packed = packed.view(4, 1, -1)
     tokens, position_ids, labels, loss_mask = packed.unbind()
     return tokens, position_ids, labels, loss_mask
 
@@ -134,10 +142,13 @@ def _loss(
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
 
 
-def _is_outermost_stage() -> bool:
-    """Whether this rank is of the first or of the last pipeline stage, which are all that look at a batch."""
+def _looks_at_batches() -> bool:
+    """Whether this rank's pipeline stage looks at a batch: the first and the last do, and each where attention has to
+    know the documents."""
     from megatron.core import parallel_state
 
+    if _masks_documents():
+        return True
     first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     return bool(first(ignore_virtual=True) or last(ignore_virtual=True))
 
@@ -146,13 +157,14 @@ def _reads_data() -> bool:
     """Whether this rank reads the data, which its tensor-parallel peers get from it."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and _is_outermost_stage()
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and _looks_at_batches()
 
 
 def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
-    """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
-    tokens, position_ids, labels, loss_mask = _batch(iterator) if _is_outermost_stage() else (None, None, None, None)
-    output = model(tokens, position_ids, None, labels=labels)  # no mask: causal attention makes its own
+    """One micro batch through this pipeline stage."""
+    tokens, position_ids, labels, loss_mask = _batch(iterator) if _looks_at_batches() else (None, None, None, None)
+    more = {"packed_seq_params": packing.packed(position_ids)} if _masks_documents() else {}
+    output = model(tokens, position_ids, None, labels=labels, **more)  # no mask: causal attention makes its own
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
 
 
@@ -174,7 +186,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     never returns from a file so small that its part is empty.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_args
     from megatron.training.global_vars import get_tokenizer
 
@@ -183,16 +195,10 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     built: dict[str, Documents] = {}
     numbers = order.numbers_of(_blend_content)
 
-    class Sequences(GPTDataset):  # type: ignore[misc]
-        """Megatron's data set over ours."""
-
+    class Sequences(data_set_class(_blend_content)):  # type: ignore[misc]
         @staticmethod
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
-
-        def __getitem__(self, idx: int | None) -> dict[str, Any]:
-            sample: dict[str, Any] = super().__getitem__(idx)
-            return numbered(self, idx, sample) if numbers and idx is not None else sample
 
     def config(prefixes: list[str], weights: list[float] | None, place: int) -> Any:
         return GPTDatasetConfig(
@@ -202,7 +208,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             split=",".join("1" if split == place else "0" for split in range(3)),
             path_to_cache=args.data_cache_path,
             tokenizer=get_tokenizer(),
-            reset_position_ids=args.reset_position_ids,
+            reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=False,
@@ -282,6 +288,8 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     resumed_optimizer.install()
     health.install()
     _ledger[0].install()
+    if _masks_documents():
+        packing.install()
     if _validation_sets:
         validation.install()
     _log_every_step_by_itself()
