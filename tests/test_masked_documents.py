@@ -12,7 +12,9 @@ import torch
 from conftest import RunFileMaker, cptain, write_jsonl
 from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
 from cptain.history import read_history
+from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
+from cptain.training import layouts
 from cptain.training.metrics import metrics_file, read_metrics
 
 _SEQ = 64
@@ -103,92 +105,114 @@ def recorded(folder: Path, rank: int) -> list[Piece]:
     return found
 
 
-def write_pair(prefix: Path, documents: list[Any]) -> None:
-    writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.uint16)
-    for ids in documents:
-        lengths = np.array([len(ids)], dtype=np.int32)
-        writer.add(EncodedDocuments(np.array(ids, dtype=np.uint16), lengths, np.ones(1, dtype=np.int64)))
-    writer.write_index(prefix.with_suffix(".idx"))
-
-
-def test_changing_one_document_changes_no_bit_of_another(
-    make_run: RunFileMaker, ready_run: Path, tmp_path: Path, record: Path
-) -> None:
-    """Eight documents of 16 tokens, shuffled: each comes to each place between other ones again and again."""
-    write_pair(tmp_path / "pair", np.random.default_rng(0).integers(5, 400, (8, 16)).tolist())
+@pytest.fixture
+def make_shuffled(make_run: RunFileMaker, ready_run: Path, tmp_path: Path) -> RunFileMaker:
+    """Writes run files of a step over eight documents of 16 tokens, shuffled: each of them comes to each place of a
+    micro batch again and again, between other ones."""
+    writer = IndexedDatasetWriter(tmp_path / "pair.bin", np.uint16)
+    lengths = np.full(8, 16, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(5, 400, 8 * 16).astype(np.uint16)
+    writer.add(EncodedDocuments(ids, lengths, np.ones(8, dtype=np.int64)))
+    writer.write_index(tmp_path / "pair.idx")
+    data = {"input": None, "tokenized": [str(tmp_path / "pair")], "split": "1,0,0"}
     train = {"seq_length": _SEQ, "global_batch_size": 64, "steps": 1, "warmup_steps": 0}
-    file = make_run(
-        data__input=None,
-        data__tokenized=[str(tmp_path / "pair")],
-        data__split="1,0,0",
-        model__megatron=str(load_run(ready_run).megatron_folder),
-        **{f"train__{key}": value for key, value in train.items()},
-    )
-    assert cptain("preprocess", file).exit_code == 0
-    for name, documents, more, rank in (
-        ("joined", "joined", "parallel.tensor=1", 0),
-        ("tensor", "masked", "parallel.tensor=2", 0),
-        ("pipeline", "masked", "parallel.pipeline=2", 1),
-    ):
-        settings = (f"name={name}", f"data.documents={documents}", f"data.output={load_run(file).data_folder}", more)
-        result = cptain("train", file, "--cpu", *(word for one in settings for word in ("--set", one)))
-        assert result.exit_code == 0, result.output
-        alike = defaultdict(list)
-        for piece in recorded(record, rank):
-            if piece.trains:
-                alike[piece.document, piece.begin].append(piece)
-        assert sum(map(len, alike.values())) == 64 * 4
-        assert len(alike) == 8 * 8
-        differ = {
-            place % _SEQ
-            for (_, place), (first, *others) in alike.items()
-            for other in others
-            if not (torch.equal(first.logits, other.logits) and torch.equal(first.losses[:-1], other.losses[:-1]))
-        }
-        assert differ == ({16, 32, 48} if documents == "joined" else set()), name
+    shared = {f"data__{key}": value for key, value in data.items()}
+    shared |= {f"train__{key}": value for key, value in train.items()}
+    return lambda **changes: make_run(model__megatron=str(load_run(ready_run).megatron_folder), **shared | changes)
 
 
-def test_a_document_among_others_is_as_it_is_alone_and_a_run_of_them_trains_and_exports(
-    make_run: RunFileMaker, ready_run: Path, tmp_path: Path, record: Path
-) -> None:
-    write_jsonl(tmp_path / "en.jsonl", [f"Text {n}" + " of many" * (n % 7) for n in range(90)])
-    write_jsonl(tmp_path / "ja.jsonl", [f"第{n}話。" + "名前はまだ無い。" * (n % 5) for n in range(60)])
-    shared = load_run(ready_run).megatron_folder
-    train = {"train__steps": 1, "train__warmup_steps": 0, "train__save_interval": 1}
-    sets = [{"name": "ja", "input": str(tmp_path / "ja.jsonl")}]
-    data = {
-        "data__input": [str(tmp_path / "en.jsonl")],
-        "data__documents": "masked",
-        "data__split": None,
-        "data__validation": sets,
+def places_that_differ(pieces: list[Piece]) -> set[int]:
+    """Where in a sequence a document's logits and losses are not the same, bit for bit, whatever stands around it. The
+    last loss is of the next document's first token, and not trained on."""
+    alike = defaultdict(list)
+    for piece in pieces:
+        if piece.trains:
+            alike[piece.document, piece.begin].append(piece)
+    assert sum(map(len, alike.values())) == 64 * 4
+    assert len(alike) == 8 * 8
+    return {
+        place % _SEQ
+        for (_, place), (first, *others) in alike.items()
+        for other in others
+        if not (torch.equal(first.logits, other.logits) and torch.equal(first.losses[:-1], other.losses[:-1]))
     }
-    file = make_run(model__megatron=str(shared), **data, **train)
+
+
+@pytest.mark.parametrize(
+    ("documents", "pipeline", "differ"), [("joined", 1, {16, 32, 48}), ("masked", 2, set())], ids=["joined", "masked"]
+)
+def test_a_document_changes_the_logits_of_others_or_no_bit_of_them(
+    make_shuffled: RunFileMaker, record: Path, documents: str, pipeline: int, differ: set[int]
+) -> None:
+    file = make_shuffled(data__documents=documents, parallel__pipeline=pipeline)
+    for stage in (("preprocess", file), ("train", file, "--cpu")):
+        result = cptain(*stage)
+        assert result.exit_code == 0, result.output
+    assert places_that_differ(recorded(record, pipeline - 1)) == differ
+
+
+def test_a_document_among_others_is_what_transformers_makes_of_it_alone(
+    make_shuffled: RunFileMaker, tmp_path: Path, record: Path
+) -> None:
+    """In training and in validation, with documents of any length; and such a run exports."""
+    write_jsonl(tmp_path / "ja.jsonl", [f"第{n}話。" + "名前はまだ無い。" * (n % 5) for n in range(400)])
+    sets = [{"name": "ja", "input": str(tmp_path / "ja.jsonl")}]
+    file = make_shuffled(data__documents="masked", data__split=None, data__validation=sets, parallel__tensor=2)
     for stage in (("preprocess", file), ("train", file, "--cpu"), ("export", file)):
         result = cptain(*stage)
         assert result.exit_code == 0, result.output
-    run = load_run(file)
+    run, pieces = load_run(file), recorded(record, 0)
+    assert places_that_differ(pieces) == set()
 
     from transformers import AutoModelForCausalLM
 
     alone = AutoModelForCausalLM.from_pretrained(run.model.hf, dtype=torch.float32).eval()
-    pieces = recorded(record, 0)
-    first = next(place for place, piece in enumerate(pieces) if piece.trains)
-    last = max(place for place, piece in enumerate(pieces) if piece.trains)
+    first, *_, last = (place for place, piece in enumerate(pieces) if piece.trains)
     metrics = read_metrics(metrics_file(run))
-    for step, key, some in (
-        (0, "validation_loss/ja", pieces[:first]),
-        (1, "loss", pieces[first : last + 1]),
-    ):
-        assert sum(len(piece.losses) for piece in some) == 8 * _SEQ
-        assert sum(piece.ends for piece in some) > 5
-        for piece in some:
+    for step, key, some in ((0, "validation_loss/ja", pieces[:first]), (1, "loss", pieces[first : last + 1])):
+        for piece in some[:200]:
             with torch.no_grad():
                 logits = alone(torch.tensor(piece.ids[None])).logits[0, : len(piece.losses)]
-            assert torch.allclose(piece.logits[:, : logits.shape[1]], logits, atol=1e-5)
-        # What follows a document is not trained on.
+            of_rank = piece.logits.shape[1]  # rank 0 has the first half of the vocabulary
+            assert torch.allclose(piece.logits, logits[:, :of_rank], atol=1e-5)
         trained = torch.cat([piece.losses[: -1 if piece.ends else None] for piece in some])
         assert metrics[step][key] == pytest.approx(float(trained.mean()), abs=1e-5)
-    card = next(run.hf_folder.glob("*/README.md")).read_text()
-    assert "| documents | masked |" in card
+    assert "| documents | masked |" in next(run.hf_folder.glob("*/README.md")).read_text()
     (start,) = read_history(run.folder)
     assert start.data["masked"] is True
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "--dry-run"), ("plan",), ("jobs", "--site", "pbs")], ids=lambda one: one[0]
+)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel__context": 2}, 'parallel.context = 2: not with data.documents = "masked": Transformer Engine then'),
+        ({"train__script": "own.py"}, 'data.documents = "masked": only cptain\'s own training script masks'),
+        ({"data__documents": "apart"}, "data.documents"),
+    ],
+)
+def test_what_cannot_mask_documents_is_refused(
+    make_jobs_run: RunFileMaker, command: tuple[str, ...], changes: dict[str, Any], message: str
+) -> None:
+    result = cptain(command[0], make_jobs_run(**{"data__documents": "masked", **changes}), *command[1:])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_run_that_has_begun_masks_or_joins_on_as_it_did(own_trained_run: Path) -> None:
+    more = ("--cpu", "--dry-run", "--set", "train.steps=12", "--set", "data.documents=masked")
+    result = cptain("train", own_trained_run, *more)
+    assert result.exit_code == 1
+    assert 'was trained on other data: data.documents "joined" → "masked": give the run another name' in result.output
+    accepted = cptain("train", own_trained_run, *more, "--accept", "data")
+    assert accepted.exit_code == 0, accepted.output
+    assert 'changed since step 8: data.documents: "joined" → "masked"' in accepted.output
+
+
+def test_no_layout_that_cannot_mask_is_proposed(make_run: RunFileMaker, model: Path) -> None:
+    for documents, contexts in (("joined", {1, 2}), ("masked", {1})):
+        run = load_run(make_run(data__documents=documents))
+        found = layouts._layouts(run, read_architecture(model), gpus=2, nodes=1)
+        assert {layout.context for layout in found} == contexts
