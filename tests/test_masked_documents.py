@@ -14,7 +14,7 @@ from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
 from cptain.history import read_history
 from cptain.model.architecture import read_architecture
 from cptain.run_file import load_run
-from cptain.training import layouts
+from cptain.training import layouts, packing
 from cptain.training.metrics import metrics_file, read_metrics
 
 _SEQ = 64
@@ -188,7 +188,7 @@ def test_a_document_among_others_is_what_transformers_makes_of_it_alone(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel__context": 2}, 'parallel.context = 2: not with data.documents = "masked": Transformer Engine then'),
+        ({"parallel__context": 2, "parallel__pipeline": 2}, 'not with data.documents = "masked" and pipeline stages'),
         ({"train__script": "own.py"}, 'data.documents = "masked": only cptain\'s own training script masks'),
         ({"data__documents": "apart"}, "data.documents"),
     ],
@@ -212,7 +212,29 @@ def test_a_run_that_has_begun_masks_or_joins_on_as_it_did(own_trained_run: Path)
 
 
 def test_no_layout_that_cannot_mask_is_proposed(make_run: RunFileMaker, model: Path) -> None:
-    for documents, contexts in (("joined", {1, 2}), ("masked", {1})):
+    for documents, both in (("joined", True), ("masked", False)):
         run = load_run(make_run(data__documents=documents))
-        found = layouts._layouts(run, read_architecture(model), gpus=2, nodes=1)
-        assert {layout.context for layout in found} == contexts
+        found = list(layouts._layouts(run, read_architecture(model), gpus=2, nodes=2))
+        assert {layout.context for layout in found} == {layout.pipeline for layout in found} == {1, 2}
+        assert any(layout.context * layout.pipeline == 4 for layout in found) is both
+
+
+def test_context_parallel_ranks_have_the_pieces_of_each_document_that_transformer_engine_expects() -> None:
+    """An early and a late one of 2 × size, with all that is said of their tokens; fill is not trained on."""
+    lengths = [5, 1, 12, 30, 4, 7]
+    tokens = np.arange(1, sum(lengths) + 1)
+    row = torch.from_numpy(np.stack([tokens, np.concatenate([*map(np.arange, lengths)]), tokens + 1, tokens % 3 - 1]))
+    for size, whole in ((2, 4), (2, 64), (3, 96)):
+        filled = [-(-length // (2 * size)) * 2 * size for length in lengths]
+        filled[-1] += -sum(filled) % whole
+        documents = [
+            np.pad(one, ((0, 0), (0, length - one.shape[1])))
+            for one, length in zip(np.split(row.numpy(), np.cumsum(lengths)[:-1], axis=1), filled, strict=True)
+        ]
+        for rank in range(size):
+            pieces = [np.split(one, 2 * size, axis=1) for one in documents]
+            expected = np.concatenate([one[place] for one in pieces for place in (rank, 2 * size - 1 - rank)], axis=1)
+            found, found_lengths = packing.share(row, torch.tensor(lengths), size, rank, whole)
+            assert found_lengths.tolist() == filled
+            assert np.array_equal(found.numpy(), expected)
+            assert found.shape[1] == sum(filled) // size

@@ -239,10 +239,10 @@ class RunFile(Section):
             raise ValueError(
                 'data.documents = "masked": only cptain\'s own training script masks, and not train.script'
             )
-        if self.data.documents == "masked" and self.parallel.context > 1:
+        if self.data.documents == "masked" and self.parallel.context > 1 and self.parallel.pipeline > 1:
             raise ValueError(
-                f'parallel.context = {self.parallel.context}: not with data.documents = "masked": Transformer Engine '
-                "then takes only documents whose lengths are multiples of 2 × parallel.context: use tensor or pipeline"
+                f'parallel.context = {self.parallel.context}: not with data.documents = "masked" and pipeline stages: '
+                "documents are filled to multiples of 2 × context, and a pipeline takes no batches of many lengths"
             )
         return self
 

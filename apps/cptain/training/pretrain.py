@@ -87,9 +87,9 @@ def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_lo
     return model
 
 
-def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size], or
-    [1, micro batch × sequence] where documents are masked.
+def _batch(iterator: Iterator[Batch] | None) -> tuple[Any, ...]:
+    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size];
+    where documents are masked each [1, all of it] and then Megatron's PackedSeqParams, else None.
 
     Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or, of what
     counts, 1 or the number of a domain or a validation set, negative where it is not trained on.
@@ -112,16 +112,16 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
             parallel_state.get_tensor_model_parallel_src_rank(),
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+    if _masks_documents():
+        packed, documents = packing.packed(packed)
+        return *packed.unbind(), documents
     if (size := parallel_state.get_context_parallel_world_size()) > 1:
         # A causal mask makes late tokens dear: a rank gets one early and one late chunk of 2 × size, as Megatron's
         # attention expects.
         rank = parallel_state.get_context_parallel_rank()
         chunks = packed.chunk(2 * size, dim=2)
         packed = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2)
-    if _masks_documents():
-        packed = packed.view(4, 1, -1)
-    tokens, position_ids, labels, loss_mask = packed.unbind()
-    return tokens, position_ids, labels, loss_mask
+    return *packed.unbind(), None
 
 
 _ledger: list[Ledger] = []  # of the domains that --blend names
@@ -130,7 +130,13 @@ _ledger: list[Ledger] = []  # of the domains that --blend names
 def _loss(
     loss_mask: torch.Tensor, validates: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum of the losses that count, how many they are, and both for the log, of each validation set too."""
+    """The sum of the losses that count, how many they are, and both for the log, of each validation set too.
+
+    Megatron divides the first two and takes the mean over all ranks. Those of a context-parallel group may count
+    different numbers of tokens, so the sum is weighted to give the mean over the tokens of all of them.
+    """
+    from megatron.core import parallel_state
+
     numbers, losses = loss_mask.view(-1), losses.view(-1).float()
     mask = (numbers > 0).float()
     loss = torch.sum(losses * mask)
@@ -139,7 +145,12 @@ def _loss(
     if not validates:
         _ledger[0].add(losses.detach(), numbers)
     by_set = validation.loss_by_set(losses.detach(), numbers, names)
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
+    logged = {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
+    if (size := parallel_state.get_context_parallel_world_size()) > 1:
+        of_all = tokens.clone()
+        torch.distributed.all_reduce(of_all, group=parallel_state.get_context_parallel_group())
+        loss = loss * (tokens * size / of_all.clamp(min=1))
+    return loss, tokens, logged
 
 
 def _looks_at_batches() -> bool:
@@ -162,9 +173,9 @@ def _reads_data() -> bool:
 
 def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
     """One micro batch through this pipeline stage."""
-    tokens, position_ids, labels, loss_mask = _batch(iterator) if _looks_at_batches() else (None, None, None, None)
-    more = {"packed_seq_params": packing.packed(position_ids)} if _masks_documents() else {}
-    output = model(tokens, position_ids, None, labels=labels, **more)  # no mask: causal attention makes its own
+    tokens, position_ids, labels, loss_mask, documents = _batch(iterator) if _looks_at_batches() else (None,) * 5
+    # No mask: causal attention makes its own.
+    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
 
 
