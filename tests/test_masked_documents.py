@@ -157,7 +157,9 @@ def test_a_document_among_others_is_what_transformers_makes_of_it_alone(
     """In training and in validation, with documents of any length; and such a run exports."""
     write_jsonl(tmp_path / "ja.jsonl", [f"第{n}話。" + "名前はまだ無い。" * (n % 5) for n in range(400)])
     sets = [{"name": "ja", "input": str(tmp_path / "ja.jsonl")}]
-    file = make_shuffled(data__documents="masked", data__split=None, data__validation=sets, parallel__tensor=2)
+    data = {"documents": "masked", "split": None, "validation": sets}
+    data["mix"] = [{"name": "all", "input": str(tmp_path / "pair"), "weight": 1}]
+    file = make_shuffled(parallel__tensor=2, **{f"data__{key}": value for key, value in data.items()})
     for stage in (("preprocess", file), ("train", file, "--cpu"), ("export", file)):
         result = cptain(*stage)
         assert result.exit_code == 0, result.output
@@ -177,6 +179,8 @@ def test_a_document_among_others_is_what_transformers_makes_of_it_alone(
             assert torch.allclose(piece.logits, logits[:, :of_rank], atol=1e-5)
         trained = torch.cat([piece.losses[: -1 if piece.ends else None] for piece in some])
         assert metrics[step][key] == pytest.approx(float(trained.mean()), abs=1e-5)
+    assert metrics[1]["tokens/all"] == 64 * _SEQ
+    assert metrics[1]["loss/all"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
     assert "| documents | masked |" in next(run.hf_folder.glob("*/README.md")).read_text()
     (start,) = read_history(run.folder)
     assert start.data["masked"] is True
