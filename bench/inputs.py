@@ -116,17 +116,30 @@ def environment(tree: str | None, gpus: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": gpus}
 
 
-def make_run(folder: Path, shape: str, layers: int, megabytes: int, train: dict[str, Any]) -> Path:
-    """Begin an empty folder with model, text, run file, tokenized data and converted checkpoint; gives the run file."""
+def make_run(
+    folder: Path, shape: str, layers: int, megabytes: int, train: dict[str, Any], pair: Path | None = None
+) -> Path:
+    """Begin an empty folder with model, text, run file, tokenized data and converted checkpoint; gives the run file.
+
+    Args:
+        folder: emptied first.
+        shape: of `SHAPES`.
+        layers: of the model.
+        megabytes: of text.
+        train: keys of [train].
+        pair: a .bin/.idx pair to train on, all of it, in the place of the text.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     write_model(folder / "model", write_text(folder / "text", megabytes), shape, layers)
     # One file: Megatron's own data sets wait for ever on a file too short to have a validation part, as the demo's are.
-    data = {"input": [str(folder / "text" / "library.jsonl")], "output": str(folder / "data"), "split": "970,30,0"}
+    data: dict[str, Any] = {"input": [str(folder / "text" / "library.jsonl")], "split": "970,30,0"}
+    if pair:
+        data = {"tokenized": [str(pair)], "split": "1,0,0", "max_epochs": 1e6}
     content = {
         "name": "bench",
         "work_dir": str(folder),
         "model": {"hf": str(folder / "model"), "megatron": str(folder / "megatron")},
-        "data": data,
+        "data": {**data, "output": str(folder / "data")},
         "train": train,
     }
     file = folder / "run.toml"

@@ -143,7 +143,14 @@ def test_no_argument_of_megatron_is_taken_for_an_abbreviation(arguments: dict[st
         (["--per-split-data-args-path", "x"], "--per-split-data-args-path: set data.input and data.mix"),
         (["--mock-data"], "--mock-data: set data.input and data.mix"),
         (["--sft"], "--sft: cptain's training script does nothing with it: it reads documents as they were tokenized"),
-        (["--reset-attention-mask"], "--reset-attention-mask: cptain's training script does nothing with it: it makes"),
+        (
+            ["--reset-attention-mask"],
+            "--reset-attention-mask: cptain's training script does nothing with it: data.documents",
+        ),
+        (
+            ["--reset-position-ids"],
+            "--reset-position-ids: cptain's training script does nothing with it: data.documents",
+        ),
     ],
 )
 def test_what_something_else_says_is_refused_by_name(

@@ -85,6 +85,8 @@ class Data(Section):
     mix: how files blend: "tokens" (every token once), "uniform" (every file alike), or [[data.mix]] tables.
     split: weights of train, validation and test.
     stage: other weights of the parts of mix, from a step on.
+    documents: "joined": attention sees whatever is before a token in its sequence, as Megatron does; "masked": its own
+        document alone, with positions that begin anew in each, whose last token is not trained on.
     validation: sets of their own to validate with; all of input is then trained on.
     on_error: "fail" at the first bad line, or "skip" and keep it in a side file.
     strip: cut white space off both ends of every text, as the lab's fork of Megatron-LM does; upstream does not.
@@ -100,6 +102,7 @@ class Data(Section):
     key: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "text"
     mix: Annotated[Literal["tokens", "uniform"] | list[MixPart], BeforeValidator(_known_mix)] = "tokens"
     stage: list[Stage] = Field(default_factory=list)
+    documents: Literal["joined", "masked"] = "joined"
     split: Split = "970,30,0"
     validation: list[ValidationSet] = Field(default_factory=list)
     on_error: Literal["fail", "skip"] = "fail"
@@ -238,6 +241,19 @@ class RunFile(Section):
         if self.data.repeats and self.train.epochs is None and not self.data.stage:
             raise ValueError(
                 "data.mix: repeat says how often documents are seen in an epoch: say how long with train.epochs = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_where_it_can(self) -> Self:
+        if self.data.documents == "masked" and self.train.script is not None:
+            raise ValueError(
+                'data.documents = "masked": only cptain\'s own training script masks, and not train.script'
+            )
+        if self.data.documents == "masked" and self.parallel.context > 1 and self.parallel.pipeline > 1:
+            raise ValueError(
+                f'parallel.context = {self.parallel.context}: not with data.documents = "masked" and pipeline stages: '
+                "documents are filled to multiples of 2 × context, and a pipeline takes no batches of many lengths"
             )
         return self
 

@@ -99,6 +99,7 @@ def _described(start: Start) -> dict[str, str]:
         "data": f"{data['documents']:,} documents, {human(data['tokens'])} tokens{_tokenized(data)}" if data else "",
         "begins with": _branched(train.get("from")),
         "mix": _mixed(start.run["data"], start.steps),
+        "documents": start.run["data"].get("documents", ""),
         "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),
         "sequence length": f"{train['seq_length']:,}",
         "global batch size": f"{train['global_batch_size']:,} sequences",

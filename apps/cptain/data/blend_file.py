@@ -1,10 +1,10 @@
 """<run>/blend.json: what cptain's training script is told of the data, and in which order it is read.
 
-"files" has weight and prefix of every file, for Megatron's order and for what `data.split` validates with. With
-[[data.mix]] tables there are "parts" besides (name, what its order is made of, prefixes), the domains of the ledger,
-and with [[data.stage]] "stages" (sequences, the weight of each part). By file, not on the command line: 10,000 input
-files are more than a command line holds. Another train.script gets <run>/data-args.txt, `weight prefix` a line, which
-Megatron takes as --data-args-path and splits at white space.
+"files" has weight and prefix of every file, for Megatron's order and for what `data.split` validates with, and
+"documents" is data.documents. With [[data.mix]] tables there are "parts" besides (name, what its order is made of,
+prefixes), the domains of the ledger, and with [[data.stage]] "stages" (sequences, the weight of each part). By file,
+not on the command line: 10,000 input files are more than a command line holds. Another train.script gets
+<run>/data-args.txt, `weight prefix` a line, which Megatron takes as --data-args-path and splits at white space.
 """
 
 import shlex
@@ -29,7 +29,7 @@ def blend_flag(run: RunFile, records: list[Record], steps: int, write: bool = Tr
         if write:
             atomic.write_text(file, "".join(lines))
         return "--data-args-path", str(file)
-    content: dict[str, Any] = {"files": _files(run, records)}
+    content: dict[str, Any] = {"files": _files(run, records), "documents": run.data.documents}
     if not isinstance(run.data.mix, str):
         found = parts_to_train(run, records)
         content["parts"] = [

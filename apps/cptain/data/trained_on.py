@@ -21,10 +21,10 @@ def trained_on(run: RunFile, records: list[Record], steps: int) -> dict[str, Any
         steps: in all.
 
     Returns:
-        What JSON keeps as it is: "files", "documents", "tokens", "tokenized" (those of data.tokenized), "split", "mix"
-        ("tokens", "uniform", or the weight or the repeats of each table's glob), "tokenizer" (its hash), and "sha256"
-        over the split and the prefix, content, tokens and weight of every file: where that is equal, it is the same
-        training data in the same proportions.
+        What JSON keeps as it is: "files", "documents", "tokens", "tokenized" (those of data.tokenized), "split",
+        "masked" (whether documents are), "mix" ("tokens", "uniform", or the weight or the repeats of each table's
+        glob), "tokenizer" (its hash), and "sha256" over the split and the prefix, content, tokens and weight of every
+        file: where that is equal, it is the same training data in the same proportions.
         Where the mix is of tables, "seen": the tokens of each and its share in the stages that begin after so many
         steps. With [[data.stage]] "order" besides: what each part's order is made of, by its name.
     """
@@ -49,6 +49,7 @@ def trained_on(run: RunFile, records: list[Record], steps: int) -> dict[str, Any
         "tokens": sum(record.tokens for _, record in blended),
         "tokenized": sum(record.tokens for _, record in blended if record.is_tokenized),
         "split": run.data.split,
+        "masked": run.data.documents == "masked",
         "mix": mix
         if isinstance(mix, str)
         else {part.input: part.weight or f"{part.repeat or 0:g} times" for part in mix},
@@ -66,6 +67,10 @@ def other_data(before: dict[str, Any], after: dict[str, Any], steps: int) -> str
         after: of what is to train on.
         steps: that are done; with [[data.stage]] what comes later may differ.
     """
+    masked, masks = (one.get("masked", False) for one in (before, after))  # not there before the key was
+    if masked != masks:
+        words = {False: "joined", True: "masked"}
+        return f'data.documents "{words[masked]}" → "{words[masks]}"'
     if "order" in before or "order" in after:
         return _other_stages(before, after, steps)
     if before.get("sha256") == after.get("sha256"):

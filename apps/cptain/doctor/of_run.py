@@ -153,7 +153,7 @@ def masks(subject: Subject) -> Found:
     asked = [word for word in run.train.megatron_args if word.partition("=")[0] == "--reset-attention-mask"]
     if asked:  # only another train.script gets as far as this
         means = "--reset-attention-mask does nothing under Transformer Engine: tokens see the documents before theirs"
-        return warn(means, "leave it out of train.megatron_args, or train with --transformer-impl local")
+        return warn(means, 'leave it out, or train with data.documents = "masked" and without train.script')
     return ok("none is asked for that would be ignored")
 
 

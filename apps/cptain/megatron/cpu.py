@@ -176,16 +176,40 @@ def install() -> None:
     torch.distributed.init_process_group = without_device
 
 
+def _packed_attention(forward: Any) -> Any:
+    """The attention of Megatron's own layers, which refuse packed sequences: these one after another, each causal."""
+
+    def attend(
+        self: Any, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any = None, **named: Any
+    ) -> Any:
+        if packed_seq_params is None:
+            return forward(self, query, key, value, *args, **named)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(one.transpose(0, 1).split(lengths, dim=1) for one in (query, key, value)), strict=True)
+        attended = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *one, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            )
+            for one in documents
+        ]
+        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+
+    return attend
+
+
 def install_in_megatron() -> None:
     """Replace Megatron's CUDA random state tracker, which has no meaning here: nothing on this path drops out; and how
     the numbers of tokens that go to each expert come from the GPU."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import dot_product_attention
     from megatron.core.transformer.moe import token_dispatcher
 
     random.CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
     random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.__setitem__(name, torch.get_rng_state())
     random._set_cuda_rng_state = _nothing
     random._get_cuda_rng_state = _random_state
+    attention = dot_product_attention.DotProductAttention
+    attention.forward = _packed_attention(attention.forward)
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
     with contextlib.suppress(ImportError):  # up to 0.16: fused kernels that are compiled with nvcc
         from megatron.legacy import fused_kernels

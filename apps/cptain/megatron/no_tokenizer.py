@@ -31,7 +31,7 @@ def install() -> None:
     build = global_vars.build_tokenizer
 
     def build_tokenizer(args: Any, **kwargs: Any) -> Any:
-        if args.eod_mask_loss or args.reset_position_ids:
+        if args.eod_mask_loss:
             return build(args, **kwargs)
         # A multiple that always gives the size of the model's own embedding (`cptain.model.arguments`).
         args.padded_vocab_size = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from cptain.megatron.log import Step, parse_step, parse_validation, parse_validation_sets
 from cptain.progress import Progress, human
 from cptain.training.health import SAID, STUCK
-from cptain.training.ledger import DOMAINS
+from cptain.training.ledger import DOMAINS, Sums
 from cptain.training.metrics import Metrics
 
 _LAST_LINES = 20
@@ -54,7 +54,7 @@ class Follower:
         self.tail: deque[str] = deque(maxlen=400)
         self.saved = 0  # the last step that was said to be saved, by the node of rank 0
         self._validated = -1
-        self._domains: dict[str, tuple[int, float]] = {}
+        self._domains: dict[str, Sums] = {}
         self.stuck = False  # a step took too long, and the ranks left their stacks
 
     def follow(self, output: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ def _layouts(run: RunFile, architecture: Architecture, gpus: int, nodes: int) ->
     sizes = _MICRO_BATCHES if train.micro_batch_size == "auto" else (train.micro_batch_size,)
     shares = [size for size in _SIZES if architecture.experts % size == 0]
     for tensor, context, pipeline, expert, size in product(_SIZES, _SIZES, _SIZES, shares, sizes):
-        if tensor * context > gpus:
+        if tensor * context > gpus or (context > 1 and pipeline > 1 and run.data.documents == "masked"):
             continue
         cut = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
         parallel = run.parallel.model_copy(update=cut)

@@ -1,9 +1,9 @@
 """The domain ledger: of each [[data.mix]] table the tokens that a step trained on, and their loss.
 
-A token's loss mask says which domain it is of (its number from 1; 0 counts for nothing), as for validation sets, so
-that no other tensor travels between the ranks. The last pipeline stage, which has the losses, adds them up on its
-device; one all-reduce a logged step (cptain logs each) makes the sums those of the global batch. A token is of its
-document's domain, and so is the loss of what follows it. The launcher, which loads no torch, reads what is said here.
+A token's loss mask says which domain it is of (`cptain.training.sequences`), as for validation sets, so that no other
+tensor travels between the ranks. The last pipeline stage, which has the losses, adds them up on its device; one
+all-reduce a logged step (cptain logs each) makes the sums those of the global batch. A token is of its document's
+domain, and so is the loss of what follows it. The launcher, which loads no torch, reads what is said here.
 """
 
 import functools
@@ -11,24 +11,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from cptain.training.documents import Documents
+DOMAINS = "[domains] "  # before a line of the log with a step's `Sums` of each domain, by name
 
-DOMAINS = "[domains] "  # before a line of the log with the sums of a step: name, tokens, sum of their losses
-
-
-def numbered(data_set: Any, index: int, sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample of a GPTDataset over `Documents`, with each token's number in its loss mask."""
-    import torch
-
-    documents: Documents = data_set.dataset
-    place = data_set.shuffle_index[index]
-    (first, begin), (last, end) = data_set.sample_index[place], data_set.sample_index[place + 1]
-    texts = data_set.document_index[first : last + 1]
-    lengths = documents.sequence_lengths[texts].astype("int64")
-    lengths[-1] = end
-    lengths[0] -= begin
-    numbers = torch.from_numpy(documents.numbers_of(texts).repeat(lengths))
-    return {**sample, "loss_mask": sample["loss_mask"] * numbers}
+Sums = tuple[int, int, float]
+"""Tokens, how many of them are trained on, and the sum of the losses of these."""
 
 
 class Ledger:
@@ -40,17 +26,19 @@ class Ledger:
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
-        self._sums: Any = None  # losses, tokens; by number
+        self._sums: Any = None  # tokens, those trained on, losses; by number
 
     def add(self, losses: Any, numbers: Any) -> None:
-        """The losses of a micro batch's tokens, and the number of each, two tensors of one shape."""
+        """The losses of a micro batch's tokens, and the number of each, negative where it is not trained on: two
+        tensors of one shape."""
         import torch
 
         if not self._names:
             return
         if self._sums is None:
-            self._sums = torch.zeros((2, len(self._names) + 1), dtype=torch.float64, device=losses.device)
-        self._sums.index_add_(1, numbers, torch.stack([losses, torch.ones_like(losses)]).double())
+            self._sums = torch.zeros((3, len(self._names) + 1), dtype=torch.float64, device=losses.device)
+        trains = (numbers > 0).double()
+        self._sums.index_add_(1, numbers.abs(), torch.stack([torch.ones_like(trains), trains, losses * trains]))
 
     def install(self) -> None:
         """Stand around every step of Megatron's, after its import and before training."""
@@ -78,7 +66,7 @@ class Ledger:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(self._sums, group=group)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            losses, tokens = self._sums.tolist()
-            told = zip(self._names, tokens[1:], losses[1:], strict=True)
-            print(DOMAINS + json.dumps({name: [int(count), loss] for name, count, loss in told}), flush=True)
+            told = zip(self._names, self._sums.T.tolist()[1:], strict=True)
+            sums = {name: [int(tokens), int(trained), losses] for name, (tokens, trained, losses) in told}
+            print(DOMAINS + json.dumps(sums), flush=True)
         self._sums.zero_()

@@ -86,8 +86,10 @@ _BREAKS = {
 # or nowhere. Another train.script may read them.
 _IGNORED = {
     "it makes no attention masks": """
-        --create-attention-mask-in-dataloader --dataloader-inter-document-masking --hybrid-context-parallel
-        --max-seqlen-per-dp-cp-rank --reset-attention-mask
+        --create-attention-mask-in-dataloader --hybrid-context-parallel --max-seqlen-per-dp-cp-rank
+    """,
+    'data.documents = "masked" does what it is for': """
+        --dataloader-inter-document-masking --reset-attention-mask --reset-position-ids
     """,
     "it reads documents as they were tokenized": """
         --allow-ambiguous-pad-tokens --chat-template --fim-* --mask-prob --sample-rate --sft

@@ -23,6 +23,7 @@ from cptain.errors import bad_usage, one_line
 from cptain.megatron.log import Step
 from cptain.run_file import RunFile
 from cptain.training.event_file import EventFile
+from cptain.training.ledger import Sums
 
 _REACHABLE_IN = 3.0  # seconds; wandb itself would try for 90
 
@@ -53,8 +54,8 @@ class Metrics:
             self._others.append(_Other("Weights & Biases", lambda _: _Wandb(run, say), say))
         self._tokens = 0
 
-    def step(self, step: Step, domains: dict[str, tuple[int, float]] | None = None) -> None:
-        """One optimizer step; of each domain the tokens, and the sum of their losses."""
+    def step(self, step: Step, domains: dict[str, Sums] | None = None) -> None:
+        """One optimizer step."""
         self._tokens = step.sequences * self._run.train.seq_length
         self._take(
             step.number,
@@ -69,14 +70,14 @@ class Metrics:
             },
         )
 
-    def _ledger(self, domains: dict[str, tuple[int, float]]) -> dict[str, float | None]:
+    def _ledger(self, domains: dict[str, Sums]) -> dict[str, float | None]:
         """Loss, tokens and epochs of each domain, the last two in all; these go on from what is recorded at the step
         that was begun from, here or by the run that this one branches off, and are left out where nothing is."""
         if self._seen is None:
             self._seen = self._seen_before()
         found: dict[str, float | None] = {}
-        for name, (tokens, losses) in domains.items():
-            found[f"loss/{name}"] = losses / tokens if tokens else None
+        for name, (tokens, trained, losses) in domains.items():
+            found[f"loss/{name}"] = losses / trained if trained else None
             if self._seen is not None:
                 self._seen[name] = self._seen.get(name, 0) + tokens
                 found[f"tokens/{name}"] = self._seen[name]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cptain import atomic
 from cptain.training.documents import Documents, File
-from cptain.training.ledger import numbered
+from cptain.training.sequences import data_set_class
 
 Array = npt.NDArray[Any]
 
@@ -140,7 +140,9 @@ def build(content: dict[str, Any], args: Any, bounds: tuple[float, float], confi
         for part, count in zip(content["parts"], counts, strict=True):
             pairs = [(file, file.part(bounds)) for file in map(File, part["files"])] if count else []
             documents = Documents([pair for pair in pairs if pair[1]], numbers) if count else None
-            found.append(_data_set(documents, part["order"], count, args, config) if documents else None)
+            found.append(
+                _data_set(documents, part["order"], count, args, config, data_set_class(content)) if documents else None
+            )
         return found
 
     first = torch.distributed.get_rank() == 0
@@ -149,9 +151,8 @@ def build(content: dict[str, Any], args: Any, bounds: tuple[float, float], confi
     return Staged(of_part, places, made or streams()) if reads else None
 
 
-def _data_set(documents: Documents, order: str, count: int, args: Any, config: Any) -> Any:
+def _data_set(documents: Documents, order: str, count: int, args: Any, config: Any, of_class: Any) -> Any:
     """Megatron's data set of a part, in the order of its stream, which is kept in files where ranks share it."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.utils import Split
 
     key = hashlib.sha256(f"{args.seed} {order} {args.seq_length} {count}".encode()).hexdigest()
@@ -163,12 +164,9 @@ def _data_set(documents: Documents, order: str, count: int, args: Any, config: A
             with atomic.atomic_file(file) as partial, open(partial, "wb") as opened:
                 np.save(opened, array)
 
-    class Stream(GPTDataset):  # type: ignore[misc]
+    class Stream(of_class):  # type: ignore[misc]
         def _build_document_sample_shuffle_indices(self) -> tuple[Array, ...]:
             return tuple(np.load(file, mmap_mode="r") for file in files)
-
-        def __getitem__(self, idx: int) -> dict[str, Any]:
-            return numbered(self, idx, super().__getitem__(idx))
 
     texts = np.arange(len(documents), dtype=np.int32)
     return Stream(documents, documents.path_prefix, texts, count, Split.train, config)

@@ -33,10 +33,11 @@ from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
-from cptain.training import order, resumed_optimizer, validation
+from cptain.training import order, packing, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
-from cptain.training.ledger import Ledger, numbered
+from cptain.training.ledger import Ledger
+from cptain.training.sequences import data_set_class
 
 CPU = "--cpu" in sys.argv
 before_import(CPU)  # here, not in main: Megatron's spawned children import this module and no more
@@ -44,6 +45,10 @@ before_import(CPU)  # here, not in main: Megatron's spawned children import this
 Batch = dict[str, torch.Tensor]
 _validation_sets: list[validation.Named] = []  # of --validation-sets, the same on every rank
 _blend_content: dict[str, Any] = {}  # of --blend
+
+
+def _masks_documents() -> bool:
+    return bool(_blend_content["documents"] == "masked")
 
 
 def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_loss: float, **more: Any) -> Any:
@@ -82,11 +87,12 @@ def _model_provider(pre_process: bool = True, post_process: bool = True, *, z_lo
     return model
 
 
-def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size].
+def _batch(iterator: Iterator[Batch] | None) -> tuple[Any, ...]:
+    """Tokens, position ids, labels and loss mask of this rank, each [micro batch, sequence / context parallel size];
+    where documents are masked each [1, all of it] and then Megatron's PackedSeqParams, else None.
 
     Tensor-parallel rank 0 reads; the four travel to its peers as one int64 tensor, since a loss mask is 0 or, of what
-    counts, 1 or the number of a validation set.
+    counts, 1 or the number of a domain or a validation set, negative where it is not trained on.
     """
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -106,14 +112,16 @@ def _batch(iterator: Iterator[Batch] | None) -> tuple[torch.Tensor, torch.Tensor
             parallel_state.get_tensor_model_parallel_src_rank(),
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+    if _masks_documents():
+        packed, documents = packing.packed(packed)
+        return *packed.unbind(), documents
     if (size := parallel_state.get_context_parallel_world_size()) > 1:
         # A causal mask makes late tokens dear: a rank gets one early and one late chunk of 2 × size, as Megatron's
         # attention expects.
         rank = parallel_state.get_context_parallel_rank()
         chunks = packed.chunk(2 * size, dim=2)
         packed = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2)
-    tokens, position_ids, labels, loss_mask = packed.unbind()
-    return tokens, position_ids, labels, loss_mask
+    return *packed.unbind(), None
 
 
 _ledger: list[Ledger] = []  # of the domains that --blend names
@@ -122,7 +130,13 @@ _ledger: list[Ledger] = []  # of the domains that --blend names
 def _loss(
     loss_mask: torch.Tensor, validates: bool, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum of the losses that count, how many they are, and both for the log, of each validation set too."""
+    """The sum of the losses that count, how many they are, and both for the log, of each validation set too.
+
+    Megatron divides the first two and takes the mean over all ranks. Those of a context-parallel group may count
+    different numbers of tokens, so the sum is weighted to give the mean over the tokens of all of them.
+    """
+    from megatron.core import parallel_state
+
     numbers, losses = loss_mask.view(-1), losses.view(-1).float()
     mask = (numbers > 0).float()
     loss = torch.sum(losses * mask)
@@ -131,13 +145,21 @@ def _loss(
     if not validates:
         _ledger[0].add(losses.detach(), numbers)
     by_set = validation.loss_by_set(losses.detach(), numbers, names)
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
+    logged = {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)]), **by_set}
+    if (size := parallel_state.get_context_parallel_world_size()) > 1:
+        of_all = tokens.clone()
+        torch.distributed.all_reduce(of_all, group=parallel_state.get_context_parallel_group())
+        loss = loss * (tokens * size / of_all.clamp(min=1))
+    return loss, tokens, logged
 
 
-def _is_outermost_stage() -> bool:
-    """Whether this rank is of the first or of the last pipeline stage, which are all that look at a batch."""
+def _looks_at_batches() -> bool:
+    """Whether this rank's pipeline stage looks at a batch: the first and the last do, and each where attention has to
+    know the documents."""
     from megatron.core import parallel_state
 
+    if _masks_documents():
+        return True
     first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     return bool(first(ignore_virtual=True) or last(ignore_virtual=True))
 
@@ -146,13 +168,14 @@ def _reads_data() -> bool:
     """Whether this rank reads the data, which its tensor-parallel peers get from it."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and _is_outermost_stage()
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and _looks_at_batches()
 
 
 def _forward_step(iterator: Iterator[Batch] | None, model: Any, *_: Any) -> Any:
-    """One micro batch through this pipeline stage; only the first and the last stage look at the batch."""
-    tokens, position_ids, labels, loss_mask = _batch(iterator) if _is_outermost_stage() else (None, None, None, None)
-    output = model(tokens, position_ids, None, labels=labels)  # no mask: causal attention makes its own
+    """One micro batch through this pipeline stage."""
+    tokens, position_ids, labels, loss_mask, documents = _batch(iterator) if _looks_at_batches() else (None,) * 5
+    # No mask: causal attention makes its own.
+    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, lambda losses: _loss(typing.cast(torch.Tensor, loss_mask), not model.training, losses)
 
 
@@ -174,7 +197,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     never returns from a file so small that its part is empty.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_args
     from megatron.training.global_vars import get_tokenizer
 
@@ -183,16 +206,10 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     built: dict[str, Documents] = {}
     numbers = order.numbers_of(_blend_content)
 
-    class Sequences(GPTDataset):  # type: ignore[misc]
-        """Megatron's data set over ours."""
-
+    class Sequences(data_set_class(_blend_content)):  # type: ignore[misc]
         @staticmethod
         def build_low_level_dataset(dataset_path: str, config: Any) -> Documents:
             return built[dataset_path]
-
-        def __getitem__(self, idx: int | None) -> dict[str, Any]:
-            sample: dict[str, Any] = super().__getitem__(idx)
-            return numbered(self, idx, sample) if numbers and idx is not None else sample
 
     def config(prefixes: list[str], weights: list[float] | None, place: int) -> Any:
         return GPTDatasetConfig(
@@ -202,7 +219,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             split=",".join("1" if split == place else "0" for split in range(3)),
             path_to_cache=args.data_cache_path,
             tokenizer=get_tokenizer(),
-            reset_position_ids=args.reset_position_ids,
+            reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=False,
@@ -282,6 +299,8 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     resumed_optimizer.install()
     health.install()
     _ledger[0].install()
+    if _masks_documents():
+        packing.install()
     if _validation_sets:
         validation.install()
     _log_every_step_by_itself()
