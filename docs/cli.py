@@ -46,7 +46,7 @@ cptain train run.toml --json | jq .loss
 | | `were_done`, `pairs_were_checked`: files that an earlier command did |
 | | with `--shard`: `part`, `of_parts`, `files_of_part`, `not_done` (files of other parts) |
 | | `validation`: the same keys of each set, by its name, and `left_out` |
-| train | `start`, `step` (the last of this start), `steps`, `saved` (the last step saved), `first_loss`, `loss`, `log` |
+| train | `start`, `step` (this start's last), `steps`, `saved` (the last step saved), `first_loss`, `loss`, `log` |
 | train --dry-run | `argv` |
 | export | `iterations`: by number, each with the keys of a model, or with `error` |
 | verify A B | `a`, `b`, `tensors`, `equal`, `different` (names), `max_abs_difference`, `sample`, `logits` |
