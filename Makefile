@@ -101,6 +101,6 @@ $(VENV)/ready: pyproject.toml Makefile
 	  echo "cptain needs Python 3.11 or later; this is $$($(PYTHON) --version). Try make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet '$(TORCH)'
-	$(VENV)/bin/pip install --quiet --editable '.[torch,parquet,sentencepiece,wandb,dev]'
+	$(VENV)/bin/pip install --quiet --editable '.[torch,parquet,sentencepiece,wandb,png,dev]'
 	$(VENV)/bin/pip install --quiet --no-deps --ignore-requires-python '$(MEGATRON_CORE)'
 	touch $@
