@@ -202,8 +202,8 @@ def main() -> None:
         ("logits, HF against Megatron", f"differ by at most {verified['logits']['max_abs_difference']:.1e} (fp32)"),
         ("exported model", str(exported.relative_to(PROJECT))),
         ("logs", str(run.logs_folder.relative_to(PROJECT))),
-        ("report", str((run.folder / "report.html").relative_to(PROJECT))),
         ("everything", f"{run.folder.relative_to(PROJECT)}, {time.monotonic() - began:.0f} s"),
+        ("report, for a browser", str((run.folder / "report.html").relative_to(PROJECT))),
     )
     print()
     for name, value in rows:
