@@ -80,11 +80,16 @@ def test_a_closed_pipe_is_no_traceback(make_run: RunFileMaker, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+def _quoted(page: str) -> list[str]:
+    """The messages in the first column of a page on failures."""
+    return re.findall(r"^\| `([^`]+)`", (PROJECT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s() -> None:
     """Each piece between … or ; stands in the source as it is; a checkpoint's record by the name of its constant."""
     source = "".join(file.read_text() for file in (PROJECT / "apps").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source).replace("{RECORD}", "checksums.json")
-    told = re.findall(r"^\| `([^`]+)`", (PROJECT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    told = _quoted("failures.md")
     assert len(told) > 15
     missing = [
         piece
@@ -93,3 +98,4 @@ def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s(
         if piece.strip("; :,") and piece.strip() not in source
     ]
     assert missing == []
+    assert _quoted("failures.ja.md") == told
