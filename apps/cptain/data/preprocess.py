@@ -1,8 +1,7 @@
 """preprocess: input files → one .bin/.idx pair each, and manifest.json.
 
-Files are the unit of work: each belongs to one process, which shares the file's blocks out among processes of its own
-where the file is a larger part of all bytes than one core is of all cores. What is complete and unchanged is skipped by
-a later run.
+Files are the unit of work: each belongs to one process. A large file is shared by several cores, in proportion to its
+size: its process gives its blocks to processes of its own. What is complete and unchanged is skipped by a later run.
 """
 
 import hashlib
