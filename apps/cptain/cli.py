@@ -123,7 +123,7 @@ def _threads(workers: int | None) -> int:
 @click.option(
     "--shard",
     type=Shard(),
-    help="Do the I-th of N parts of the files, alike in size: for job arrays. The part that ends last writes the manifest.",
+    help="Do the I-th of N parts of the files, alike in size: for job arrays. The last one to end writes the manifest.",
 )
 @click.option(
     "--backend",
