@@ -2,7 +2,7 @@
 report.
 
 `make demo` runs it in the project's venv. Everything lands under demo/; the run is runs/tiny.toml. The text is what
-every Python carries (the topics of its own help) and this project's Japanese documents; the model is a 4-layer Llama
+every Python carries (the topics of its own help) and this project's README in Japanese; the model is a 4-layer Llama
 3.1 with random weights, and a BPE tokenizer trained on that text. `--inputs-only` makes text and model and stops.
 """
 
@@ -39,9 +39,8 @@ def python_help() -> list[str]:
 
 
 def japanese_documents() -> list[str]:
-    """This project's Japanese documents, a section each."""
-    files = [PROJECT / "README.ja.md", *sorted((PROJECT / "docs").glob("*.ja.md"))]
-    return [section for file in files for section in file.read_text(encoding="utf-8").split("\n## ")]
+    """The sections of this project's README in Japanese."""
+    return (PROJECT / "README.ja.md").read_text(encoding="utf-8").split("\n## ")
 
 
 def make_text(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,25 @@ def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s(
     ]
     assert missing == []
     assert _quoted("failures.ja.md") == told
+
+
+@pytest.mark.parametrize("site", ["tsubame", "abci"])
+def test_a_quick_start_s_run_file_is_one_for_its_site_and_its_commands_are_the_same_in_japanese(
+    site: str, tmp_path: Path, model: Path, text_folder: Path
+) -> None:
+    def blocks(page: str) -> list[str]:
+        text = (PROJECT / "docs" / page).read_text(encoding="utf-8")
+        return [re.sub(" +# .*", "", block) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
+
+    here = blocks(f"quickstart-{site}.md")
+    assert here == blocks(f"quickstart-{site}.ja.md")
+    for command in re.findall(r"cptain\.sif cptain (\w+)", "".join(here)):
+        assert cptain(command, "--help").exit_code == 0
+    (typed,) = [block for block in here if "[jobs]" in block]
+    (tmp_path / "runs").mkdir()
+    shutil.copy(PROJECT / "runs" / "tiny.toml", tmp_path / "runs")
+    subprocess.run(["bash"], input=typed.replace("$ ", ""), text=True, cwd=tmp_path, check=True)
+    (tmp_path / "cptain.sif").touch()
+    overrides = (f'model.hf="{model}"', f'data.input=["{text_folder}/*.jsonl"]', f'jobs.image="{tmp_path}/cptain.sif"')
+    result = cptain("jobs", tmp_path / "runs" / "first.toml", *(word for one in overrides for word in ("--set", one)))
+    assert result.exit_code == 0, result.output
