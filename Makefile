@@ -94,13 +94,20 @@ docs: $(VENV)/ready  ## docs/cli.md, from the program
 clean:  ## remove the venv and the demo
 	rm -rf $(VENV) demo
 
+# pip in minutes that would be silent: a line for each package of 10 MB or more as its download begins, and one before
+# they are unpacked. Errors are pip's own.
+PIP_SAYS = sed -unE 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^- ]+-[^- ]+)-[^ ]*\.whl \(([0-9]{2,}\.?[0-9]* MB|[0-9.]+ GB)\).*/  \3, \4/p; \
+  s/^Installing collected packages: .*/  unpacking/p'
+PIP      = $(VENV)/bin/pip install --disable-pip-version-check --progress-bar off
+
 # PyPI's megatron-core asks for Python 3.12 in its metadata and has wheels for 3.11, which run: hence its two options.
 # Of what it depends on, only what GPT training imports is installed.
 $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "cptain needs Python 3.11 or later; this is $$($(PYTHON) --version). Try make PYTHON=python3.11" >&2; exit 1; }
-	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet '$(TORCH)'
-	$(VENV)/bin/pip install --quiet --editable '.[torch,parquet,sentencepiece,eval,wandb,dev]'
-	$(VENV)/bin/pip install --quiet --no-deps --ignore-requires-python '$(MEGATRON_CORE)'
-	touch $@
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) with what it needs, then cptain's own packages, into $(VENV): minutes, and some GB"
+	@set -o pipefail; $(PIP) '$(TORCH)' | $(PIP_SAYS)
+	@set -o pipefail; $(PIP) --editable '.[torch,parquet,sentencepiece,eval,wandb,png,dev]' | $(PIP_SAYS)
+	@set -o pipefail; $(PIP) --no-deps --ignore-requires-python '$(MEGATRON_CORE)' | $(PIP_SAYS)
+	@touch $@

@@ -2,7 +2,7 @@
 report.
 
 `make demo` runs it in the project's venv. Everything lands under demo/; the run is runs/tiny.toml. The text is what
-every Python carries (the topics of its own help) and this project's Japanese documents; the model is a 4-layer Llama
+every Python carries (the topics of its own help) and this project's README in Japanese; the model is a 4-layer Llama
 3.1 with random weights, and a BPE tokenizer trained on that text. `--inputs-only` makes text and model and stops.
 """
 
@@ -39,9 +39,8 @@ def python_help() -> list[str]:
 
 
 def japanese_documents() -> list[str]:
-    """This project's Japanese documents, a section each."""
-    files = [PROJECT / "README.ja.md", *sorted((PROJECT / "docs").glob("*.ja.md"))]
-    return [section for file in files for section in file.read_text(encoding="utf-8").split("\n## ")]
+    """The sections of this project's README in Japanese."""
+    return (PROJECT / "README.ja.md").read_text(encoding="utf-8").split("\n## ")
 
 
 def make_text(folder: Path) -> list[str]:
@@ -202,8 +201,8 @@ def main() -> None:
         ("logits, HF against Megatron", f"differ by at most {verified['logits']['max_abs_difference']:.1e} (fp32)"),
         ("exported model", str(exported.relative_to(PROJECT))),
         ("logs", str(run.logs_folder.relative_to(PROJECT))),
-        ("report", str((run.folder / "report.html").relative_to(PROJECT))),
         ("everything", f"{run.folder.relative_to(PROJECT)}, {time.monotonic() - began:.0f} s"),
+        ("report, for a browser", str((run.folder / "report.html").relative_to(PROJECT))),
     )
     print()
     for name, value in rows:

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,11 +81,16 @@ def test_a_closed_pipe_is_no_traceback(make_run: RunFileMaker, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+def _quoted(page: str) -> list[str]:
+    """The messages in the first column of a page on failures."""
+    return re.findall(r"^\| `([^`]+)`", (PROJECT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s() -> None:
     """Each piece between … or ; stands in the source as it is; a checkpoint's record by the name of its constant."""
     source = "".join(file.read_text() for file in (PROJECT / "apps").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source).replace("{RECORD}", "checksums.json")
-    told = re.findall(r"^\| `([^`]+)`", (PROJECT / "docs" / "failures.md").read_text(), re.MULTILINE)
+    told = _quoted("failures.md")
     assert len(told) > 15
     missing = [
         piece
@@ -93,3 +99,26 @@ def test_every_message_that_the_page_on_failures_quotes_is_one_of_the_program_s(
         if piece.strip("; :,") and piece.strip() not in source
     ]
     assert missing == []
+    assert _quoted("failures.ja.md") == told
+
+
+@pytest.mark.parametrize("site", ["tsubame", "abci"])
+def test_a_quick_start_s_run_file_is_one_for_its_site_and_its_commands_are_the_same_in_japanese(
+    site: str, tmp_path: Path, model: Path, text_folder: Path
+) -> None:
+    def blocks(page: str) -> list[str]:
+        text = (PROJECT / "docs" / page).read_text(encoding="utf-8")
+        return [re.sub(" +# .*", "", block) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
+
+    here = blocks(f"quickstart-{site}.md")
+    assert here == blocks(f"quickstart-{site}.ja.md")
+    for command in re.findall(r"cptain\.sif cptain (\w+)", "".join(here)):
+        assert cptain(command, "--help").exit_code == 0
+    (typed,) = [block for block in here if "[jobs]" in block]
+    (tmp_path / "runs").mkdir()
+    shutil.copy(PROJECT / "runs" / "tiny.toml", tmp_path / "runs")
+    subprocess.run(["bash"], input=typed.replace("$ ", ""), text=True, cwd=tmp_path, check=True)
+    (tmp_path / "cptain.sif").touch()
+    overrides = (f'model.hf="{model}"', f'data.input=["{text_folder}/*.jsonl"]', f'jobs.image="{tmp_path}/cptain.sif"')
+    result = cptain("jobs", tmp_path / "runs" / "first.toml", *(word for one in overrides for word in ("--set", one)))
+    assert result.exit_code == 0, result.output

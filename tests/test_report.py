@@ -1,15 +1,17 @@
-"""The report: its numbers are the log's, and one file is all of it. How it looks is in docs/checks.md."""
+"""The report: its numbers are the log's, and one file is all of it. How it looks is in test_report_page.py."""
 
 import json
 import re
 import shutil
+import signal
+import sys
 import time
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunFileMaker, cptain
+from conftest import RunFileMaker, cptain, cptain_process
 from cptain.history import Start, write_history
 from cptain.megatron.log import Step, read_steps, train_logs
 from cptain.run_file import RunFile, load_run
@@ -166,3 +168,61 @@ def test_a_run_that_has_trained_nothing_is_refused_in_one_line(make_run: RunFile
     assert result.output.splitlines()[-1].startswith("cptain: report: no run has a step in its logs/metrics.jsonl")
     result = cptain("report", tmp_path / "runs")
     assert (result.exit_code, result.output.count("\n")) == (2, 1)
+
+
+def test_a_watched_report_follows_the_run_and_is_left_as_a_page_that_stays_as_it_is(make_run: RunFileMaker) -> None:
+    run = load_run(file := make_run())
+    page = run.folder / "report.html"
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while not (page.exists() and text in page.read_text(encoding="utf-8")):
+            assert watching.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    watching = cptain_process("report", file, "--watch", "1")
+    assert watching.stdout
+    assert "nothing is trained yet; looked at again every 1 s" in watching.stdout.readline()
+    train(run, 3.0, 2.0)
+    wait_for('data-every="1"')
+    train(run, 1.5, start=2)
+    wait_for("[3.0,2.0,1.5]")
+    watching.send_signal(signal.SIGINT)
+    output, _ = watching.communicate(timeout=60)
+    assert (watching.returncode, output) == (0, f"report: {page}\n{page}\n")
+    assert 'data-every="0"' in page.read_text(encoding="utf-8")
+
+
+def test_figures_for_papers_are_of_the_page_s_numbers(make_run: RunFileMaker, tmp_path: Path) -> None:
+    from cptain.report.document import document
+    from cptain.report.figures import draw, import_pyplot
+
+    run = load_run(file := make_run())
+    losses = [3 - number / 100 for number in range(150)]
+    train(run, *losses)
+    result = cptain("report", file, "--png", tmp_path / "png")
+    assert f"report: 4 figures → {tmp_path / 'png'}\n" in result.output
+    names = ["grad_norm.png", "learning_rate.png", "loss.png", "tokens_per_second.png"]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == names
+    assert (tmp_path / "png" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    shown = document(run)
+    assert shown
+    _, axes = import_pyplot().subplots()
+    draw(axes, [shown], "loss")
+    each, mean = axes.lines
+    assert list(each.get_xdata()) == list(mean.get_xdata()) == list(range(1, 151))
+    assert list(each.get_ydata()) == losses
+    assert mean.get_ydata()[-1] == pytest.approx(sum(losses[50:]) / 100)
+    assert mean.get_ydata()[1] == pytest.approx(2.995)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    make_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(load_run(file := make_run()), 3.0, 2.0)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = cptain("report", file, "--png", tmp_path / "png")
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "pip install matplotlib" in result.output
+    assert cptain("report", file, "--png", tmp_path, "--watch", "5").exit_code == 2

@@ -16,25 +16,12 @@ import click
 
 from cptain import __version__
 from cptain.cli_about_runs import doctor, eval_command, plan_command, report, status
-from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
-from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option
+from cptain.errors import FAILED, Interrupted, bad_usage, status_and_message
+from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option, stage
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise Interrupted(signal.Signals(number).name)
-
-
-def _status_and_message(error: BaseException) -> tuple[int, str]:
-    """The exit status of an error, and the lines for people."""
-    if isinstance(error, Interrupted):
-        return RESUMABLE, f"stopped by {error.signal_name}; the same command continues"
-    if isinstance(error, CptainError):
-        return error.exit_status, str(error)
-    if isinstance(error, OSError):
-        return FAILED, (f"{error.filename}: " if error.filename else "") + (error.strerror or one_line(error))
-    if isinstance(error, MemoryError):
-        return FAILED, "out of memory"
-    return FAILED, f"{type(error).__name__}: {one_line(error)} (a defect of cptain: --debug shows where)"
 
 
 class _Commands(click.Group):
@@ -62,7 +49,7 @@ class _Commands(click.Group):
                 signal.signal(number, signal.SIG_IGN)
             if context.params.get("debug"):
                 traceback.print_exc()
-            status, message = _status_and_message(error)
+            status, message = status_and_message(error)
         for line in message.splitlines():
             click.echo(f"cptain: {line}", err=True)
         sys.exit(status)
@@ -136,7 +123,7 @@ def _threads(workers: int | None) -> int:
 @click.option(
     "--shard",
     type=Shard(),
-    help="Do the I-th of N parts of the files, alike in bytes: for job arrays. The last to end writes the manifest.",
+    help="Do the I-th of N parts of the files, alike in size: for job arrays. The last one to end writes the manifest.",
 )
 @click.option(
     "--backend",
@@ -148,6 +135,7 @@ def _threads(workers: int | None) -> int:
 @click.option("--verify-inputs", is_flag=True, help="Read files that are done whole, to see that they are unchanged.")
 @click.option("--count-only", is_flag=True, help="Count documents and tokens, and write nothing.")
 @_force_option("Tokenize")
+@stage
 def preprocess(
     run: Path,
     overrides: tuple[str, ...],
@@ -172,6 +160,7 @@ def preprocess(
 @run_options
 @_workers_option
 @_force_option("Convert")
+@stage
 def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: bool) -> None:
     """Convert the Hugging Face model to Megatron's torch_dist format, on the CPU."""
     loaded = load(run, overrides)
@@ -198,6 +187,7 @@ def convert(run: Path, overrides: tuple[str, ...], workers: int | None, force: b
     help="Go on though the data of the run is not what it was trained on so far; the history says so. "
     "CPTAIN_ACCEPT=data does the same in a job.",
 )
+@stage
 def train(
     run: Path,
     overrides: tuple[str, ...],
@@ -209,12 +199,14 @@ def train(
     """Train with Megatron-LM on this machine: from the converted checkpoint at first, then from the last one saved."""
     loaded = load(run, overrides)
     if dry_run:
+        from cptain.summary import tell
         from cptain.training.prepare import prepare
 
         command = prepare(loaded, cpu, nproc_per_node, True, accept)
         for line in command.lines:
             click.echo(f"train: {line}", err=True)
         click.echo(command.shown())
+        tell(argv=command.argv)
         return
     from cptain.training.launch import train as start
 
@@ -245,6 +237,7 @@ def train(
 )
 @_workers_option
 @_force_option("Export")
+@stage
 def export(
     run: Path,
     overrides: tuple[str, ...],
@@ -277,6 +270,7 @@ def export(
 )
 @click.option("--sample", is_flag=True, help="Compare 1 MB of each tensor: a quick look.")
 @_workers_option
+@stage
 def verify(a: Path, b: Path | None, logits: bool, sample: bool, workers: int | None) -> None:
     """Compare two checkpoints tensor by tensor, or a model with its certificate; exit status 1 on a mismatch.
 
@@ -288,7 +282,7 @@ def verify(a: Path, b: Path | None, logits: bool, sample: bool, workers: int | N
     """
     if b is None:
         if logits or sample:
-            raise click.UsageError("--logits and --sample compare two checkpoints: give B")
+            bad_usage("verify: --logits and --sample compare two checkpoints: give B")
         from cptain.checkpoint.certificate import verify_certificate
 
         verify_certificate(a, _threads(workers))
@@ -310,6 +304,7 @@ def verify(a: Path, b: Path | None, logits: bool, sample: bool, workers: int | N
 )
 @_workers_option
 @click.option("--force", is_flag=True, help="Replace a model that is there.")
+@stage
 def merge(out: Path, models: tuple[str, ...], shard_size: int, workers: int | None, force: bool) -> None:
     """Average models of one shape into a Hugging Face model, on the CPU.
 

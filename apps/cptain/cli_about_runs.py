@@ -6,12 +6,13 @@ Apart from cli.py, which has the stages; the same options, loading and errors.
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from cptain.errors import Interrupted
+from cptain.errors import Interrupted, bad_usage
 from cptain.option_types import load, run_options, set_option, site_option
 
 
@@ -75,15 +76,30 @@ def status(path: Path, as_json: bool, watch: bool, submitted: Path | None) -> No
     metavar="FILE",
     help="Where it goes.  [default: report.html in the run's folder; of several, here]",
 )
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+@click.option(
+    "--png", type=click.Path(path_type=Path), metavar="DIR", help="Each figure as a PNG file too, for papers."
+)
+@click.option(
+    "--watch",
+    "every",
+    type=click.IntRange(min=1),
+    metavar="SECONDS",
+    help="Write it again every so many seconds, until Ctrl-C; the page, once open, loads itself as often.",
+)
+def report(runs: tuple[Path, ...], out: Path | None, png: Path | None, every: int | None) -> None:
     """Write what runs did into one HTML file that opens anywhere; print its path.
 
     RUN is a run file, with all runs of its [sweep], or a run's folder. Of several the curves lie over one another, and
     their last values are in a table.
     """
-    from cptain.report.page import write_report
+    from cptain.report.page import watch_report, write_report
 
-    click.echo(write_report(list(runs), out))
+    if every and png:
+        bad_usage("report: --png is written once: leave out --watch")
+    if every:
+        with suppress(Interrupted):  # and what is left then is a page that stays as it is
+            watch_report(list(runs), out, every, lambda file: click.echo(f"report: {file}", err=True))
+    click.echo(write_report(list(runs), out, png))
 
 
 @click.command("eval")

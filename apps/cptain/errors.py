@@ -36,6 +36,19 @@ class Interrupted(KeyboardInterrupt):
         self.signal_name = signal_name
 
 
+def status_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and the lines for people."""
+    if isinstance(error, Interrupted):
+        return RESUMABLE, f"stopped by {error.signal_name}; the same command continues"
+    if isinstance(error, CptainError):
+        return error.exit_status, str(error)
+    if isinstance(error, OSError):
+        return FAILED, (f"{error.filename}: " if error.filename else "") + (error.strerror or one_line(error))
+    if isinstance(error, MemoryError):
+        return FAILED, "out of memory"
+    return FAILED, f"{type(error).__name__}: {one_line(error)} (a defect of cptain: --debug shows where)"
+
+
 def one_line(error: BaseException) -> str:
     """What any exception says, on one line: its first line, or its class where it says nothing."""
     text = str(error).strip()

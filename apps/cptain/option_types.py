@@ -3,8 +3,10 @@
 click's ParamType is generic since 8.4, and not before: hence the ignored type arguments.
 """
 
+import functools
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,22 @@ site_option = click.option(
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """RUN and --set, which every stage takes."""
     return click.argument("run", type=click.Path(path_type=Path))(set_option(command))
+
+
+def stage(command: Callable[..., None]) -> Callable[..., None]:
+    """--json and --quiet, which every stage takes: how it tells what it does and did."""
+
+    @click.option("--json", "as_json", is_flag=True, help="At the end, print what was done as one JSON object.")
+    @click.option("-q", "--quiet", is_flag=True, help="Show no progress: no bar, and no line every 30 seconds.")
+    @functools.wraps(command)
+    def told(*arguments: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+        from cptain import progress, summary
+
+        shown = progress.hidden() if quiet else nullcontext()
+        with shown, summary.as_json(command.__name__) if as_json else nullcontext():
+            command(*arguments, **options)
+
+    return told
 
 
 def load(file: Path, overrides: tuple[str, ...]) -> Any:

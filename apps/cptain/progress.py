@@ -1,16 +1,30 @@
-"""Progress on stderr: a bar on a terminal, one line every 30 seconds in a batch log.
+"""Progress on stderr: a bar on a terminal, one line every 30 seconds in a batch log, nothing with --quiet.
 
 A batch log keeps every carriage return as rubbish, and a job that prints nothing for an hour looks dead; hence the two
-forms.
+forms. A program that calls cptain wants neither.
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
 SECONDS_BETWEEN_LINES = 30.0
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Within, progress is counted and not shown."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def human(number: float) -> str:
@@ -43,8 +57,8 @@ class Progress:
         self.note = ""
         self._first, self._began = done, time.monotonic()
         self._last_line = self._began
-        self._bar = None
-        if sys.stderr.isatty():
+        self._bar, self._is_shown = None, not _hidden.get()
+        if self._is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -64,7 +78,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(units)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif self._is_shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(self._line())
 

@@ -23,6 +23,7 @@ from cptain.checkpoint.saved_files import RECORD, checksums_of, compare_record
 from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.errors import CptainError, bad_usage
 from cptain.progress import Progress
+from cptain.summary import tell
 
 FILE = "verify.json"
 _KEY = "certificate"
@@ -163,24 +164,24 @@ def verify_certificate(folder: Path, workers: int) -> None:
     try:
         certificate = _read(folder)[_KEY]
         files, sources = dict(certificate["files"]), list(certificate["made_of"])
-        wrong, said = _wrong_files(folder, files, workers), ""
+        wrong, said = _wrong_files(folder, files, workers), dict[str, str]()
         for source in sources:
             name = f"{source['what']} ({source['folder']})"
             found = _wrong_source(folder, source, workers)
             if found is None:
-                said += f"{name}: not here: not checked\n"
+                said[name] = "not here: not checked"
             elif not found:
-                said += f"{name}: unchanged\n"
+                said[name] = "unchanged"
             elif source["what"] in _MAY_CHANGE:
-                said += f"{name}: changed since: {'; '.join(found)}\n"
+                said[name] = f"changed since: {'; '.join(found)}"
             else:
                 wrong += [f"{name}: {line}" for line in found]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CptainError(
             f"{folder / FILE}: no certificate of a model that cptain exported or merged, or a damaged one"
         ) from error
-    click.echo(said, nl=False)
-    for line in wrong:
+    tell(folder=folder, files=len(files), wrong=wrong, made_of=said)
+    for line in [*(f"{name}: {what}" for name, what in said.items()), *wrong]:
         click.echo(line)
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""

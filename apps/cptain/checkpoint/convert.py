@@ -7,7 +7,6 @@ vocabulary adds with zeros.
 
 import argparse
 import json
-import sys
 import time
 from math import prod
 from pathlib import Path
@@ -32,6 +31,7 @@ from cptain.model.architecture import Architecture, model_folder, read_architect
 from cptain.model.arguments import saved_arguments
 from cptain.progress import Progress, duration, human
 from cptain.run_file import RunFile
+from cptain.summary import say
 
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints carry; it is computed
 
@@ -168,7 +168,7 @@ def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
         source = source_of(folder, reader, extension)
         remove_stale_partials(root)
         if not force and is_converted(root, source):
-            print(f"convert: {release} is done and the model unchanged", file=sys.stderr)
+            say(f"convert: {release} is done and the model unchanged", folder=release, written=False)
             return False
         began = time.monotonic()
         writer = plan(reader, architecture)
@@ -179,5 +179,6 @@ def convert(run: RunFile, workers: int = 1, force: bool = False) -> bool:
             complete(partial, writer, source, architecture)
             write_record(partial)
         write_tracker(root, None)
-        print(f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}", file=sys.stderr)
+        line = f"convert: {human(reader.bytes)}B in {duration(time.monotonic() - began)} → {release}"
+        say(line, folder=release, written=True, bytes=reader.bytes)
     return True

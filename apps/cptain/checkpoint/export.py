@@ -35,7 +35,7 @@ from cptain.checkpoint.saved_files import RECORD, compare_record
 from cptain.checkpoint.streaming import Fill, write_files
 from cptain.checkpoint.tensors import check_checkpoint, hf_tensors
 from cptain.checkpoint.torch_dist import TorchDistReader
-from cptain.checkpoint.tracker import iteration_folder, read_tracker
+from cptain.checkpoint.tracker import RELEASE, iteration_folder, read_tracker
 from cptain.data.check import check_tokenizer
 from cptain.data.manifest import FILE_NAME as MANIFEST
 from cptain.data.manifest import read_manifest
@@ -47,6 +47,7 @@ from cptain.model.architecture import Architecture, model_folder, read_config
 from cptain.model.families import FAMILIES
 from cptain.progress import Progress, duration, human
 from cptain.run_file import CHECKPOINTS, RunFile
+from cptain.summary import say, tell, under
 
 # What is carried over from the base model, its tokenizer aside: generation config, licences; never weights in any
 # format, hidden files or what is about the base model alone.
@@ -114,8 +115,8 @@ def iterations(run: RunFile, which: int | str) -> list[int | None]:
 
     Args:
         run: the run.
-        which: a number; "latest", the last that is complete; "final", the last step that the run file asks for, and
-            nothing before training has come so far; "all", every one that is complete.
+        which: a number; "latest", the last that is complete; "final", the last step that the run file asks for, an
+            error until training reaches it; "all", every one that is complete.
 
     Raises:
         CptainError: there is none.
@@ -202,13 +203,14 @@ def export(
             reader.check_members(workers)
             if not has_certificate(target):  # written by an earlier version
                 write_certificate(target, target, *_CHECKED, _sources(run, base, reader, workers), workers)
-            print(f"export: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
+            say(f"export: {target} is done: it is what would be written, bit for bit", folder=target, written=False)
             return False
         began = time.monotonic()
         card = (b"" if force else _card_there(target)) or model_card(run, base, iteration, extension_of(run)).encode()
         texts = {"config.json": config.encode(), MODEL_CARD: card}
         _write(target, reader, writer, workers, carried, texts, _sources(run, base, reader, workers))
-        print(f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}", file=sys.stderr)
+        line = f"export: {human(writer.bytes)}B in {duration(time.monotonic() - began)} → {target}"
+        say(line, folder=target, written=True, bytes=writer.bytes)
     return True
 
 
@@ -268,12 +270,14 @@ def export_all(which: list[int | None], one: Callable[[int | None], bool]) -> bo
     errors: list[CptainError] = []
     written = False
     for iteration in which:
-        try:
-            written |= one(iteration)
-        except CptainError as error:
-            errors.append(error)
-            if len(which) > 1:
-                print(f"export: {error}", file=sys.stderr)
+        with under("iterations", RELEASE if iteration is None else str(iteration)):
+            try:
+                written |= one(iteration)
+            except CptainError as error:
+                errors.append(error)
+                tell(error=str(error))
+                if len(which) > 1:
+                    print(f"export: {error}", file=sys.stderr)
     if errors:
         raise (
             errors[0]

@@ -31,7 +31,9 @@ def generate(folder: Path, text: str, tokens: int, temperature: float, seed: int
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is in the folder
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # which keeps its carriage returns in a log
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = load_tokenizer(folder)

@@ -55,7 +55,9 @@ def _device(architecture: Architecture) -> str:
 def _transformers(folder: str, device: str, prompts: list[list[int]]) -> Logits:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # which keeps its carriage returns in a log
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     with torch.no_grad():
         return [model(torch.tensor([ids], device=device)).logits[0].cpu().numpy() for ids in prompts]

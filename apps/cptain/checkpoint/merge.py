@@ -7,7 +7,6 @@ folder, or a checkpoint of a run, which is read as `export` would export it, and
 """
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +35,7 @@ from cptain.errors import CptainError, bad_usage
 from cptain.model.architecture import model_folder
 from cptain.progress import Progress, human
 from cptain.run_file import CHECKPOINTS, load_run
+from cptain.summary import say
 
 _Tensor = tuple[Shape, torch.dtype, Fill]
 
@@ -238,10 +238,11 @@ def merge(target: Path, named: list[tuple[Path, float]], workers: int, force: bo
                 raise CptainError(f"merge: {target}: is there, and not what would be written: --force replaces it")
             for model in models:
                 model.check(workers)
-            print(f"merge: {target} is done: it is what would be written, bit for bit", file=sys.stderr)
+            say(f"merge: {target} is done: it is what would be written, bit for bit", folder=target, written=False)
             return False
         _write(target, models, writer, config, workers)
-    print(f"merge: {human(writer.bytes)}B of {len(models)} models → {target}", file=sys.stderr)
+    line = f"merge: {human(writer.bytes)}B of {len(models)} models → {target}"
+    say(line, folder=target, written=True, bytes=writer.bytes, models=len(models))
     return True
 
 

@@ -35,6 +35,7 @@ from cptain.data.vocabulary import Extension, extended, read_extension
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, read_architecture
 from cptain.progress import Progress
+from cptain.summary import tell
 
 LOGITS_TOLERANCE = 1e-5  # of the largest logit, or of 1 where that is smaller: fp32's rounding through a model
 _PIECE = 64 << 20  # bytes that a thread takes at once
@@ -351,6 +352,11 @@ def verify(a: Path, b: Path, logits: bool = False, workers: int = 1, sample: boo
             record_comparison(
                 folder, {**record, "a": os.path.relpath(folders[0], folder), "b": os.path.relpath(folders[1], folder)}
             )
+    tell(
+        a=folders[0],
+        b=folders[1],
+        **{key: value for key, value in record.items() if key not in ("cptain", "time", "seconds")},
+    )
     _verdict(len(rows) - equal, len(rows), beside, record.get("logits"))
     print(f"verify: equal{_not_compared(folders, sample)}", file=sys.stderr)
 

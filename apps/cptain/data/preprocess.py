@@ -1,8 +1,7 @@
 """preprocess: input files → one .bin/.idx pair each, and manifest.json.
 
-Files are the unit of work: each belongs to one process, which shares the file's blocks out among processes of its own
-where the file is a larger part of all bytes than one core is of all cores. What is complete and unchanged is skipped by
-a later run.
+Files are the unit of work: each belongs to one process. A large file is shared by several cores, in proportion to its
+size: its process gives its blocks to processes of its own. What is complete and unchanged is skipped by a later run.
 """
 
 import hashlib
@@ -46,6 +45,7 @@ from cptain.errors import FAILED, CptainError, Interrupted
 from cptain.model.vocabulary import Over
 from cptain.progress import Progress, human
 from cptain.run_file import RunFile
+from cptain.summary import say, tell
 
 _FOLDERS_SHOWN = 40
 _LOOKED_AT = 1 << 20  # bytes of text that show how much of it a model too small cannot hold
@@ -259,7 +259,7 @@ def preprocess(
     done = [record for record in done if record.prefix in prefixes]
     todo = [task for task in tasks if task.record.prefix not in prefixes]
     if done:
-        print(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", file=sys.stderr)
+        say(f"preprocess: {len(done)} of {len(tasks)} files are done and unchanged", were_done=len(done))
     if not count_only:
         todo = _make_way(run.data_folder, todo, changed)
     if todo:
@@ -276,7 +276,8 @@ def preprocess(
         done, checked = [record for record in records if record], []
         missing = len(records) - len(done)
         others = f"; {missing} files of other parts are not done yet" if missing else ""
-        print(f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}", file=sys.stderr)
+        line = f"preprocess: part {part[0]} of {part[1]}: {len(tasks)} files done{others}"
+        say(line, part=part[0], of_parts=part[1], files_of_part=len(tasks), not_done=missing)
         if missing:
             return bool(todo or read)
     _finish(run, done + checked, left)
@@ -286,14 +287,15 @@ def preprocess(
 def _say_totals(records: list[Record], where: str) -> None:
     """A line a folder, then one for all."""
 
+    def totals(some: list[Record]) -> dict[str, int]:
+        return {key: sum(getattr(one, key) for one in some) for key in ("documents", "tokens", "text_bytes", "skipped")}
+
     def figures(some: list[Record]) -> str:
-        documents, tokens, text, skipped = (
-            sum(getattr(record, key) for record in some) for key in ("documents", "tokens", "text_bytes", "skipped")
-        )
+        sums = totals(some)
         of_text = sum(record.tokens for record in some if not record.is_tokenized)
-        share = f", {of_text / text:.3f} tokens a byte" if text else ""
-        counts = f"{len(some)} files, {documents} documents, {tokens} tokens ({human(tokens)})"
-        return f"{counts}{share}, {skipped} bad lines skipped"
+        share = f", {of_text / sums['text_bytes']:.3f} tokens a byte" if sums["text_bytes"] else ""
+        counts = f"{len(some)} files, {sums['documents']} documents, {sums['tokens']} tokens ({human(sums['tokens'])})"
+        return f"{counts}{share}, {sums['skipped']} bad lines skipped"
 
     folders: dict[str, list[Record]] = {}
     for record in records:
@@ -302,7 +304,7 @@ def _say_totals(records: list[Record], where: str) -> None:
         print(f"preprocess:   {folder}: {figures(folders[folder])}", file=sys.stderr)
     if len(folders) > _FOLDERS_SHOWN:
         print(f"preprocess:   and {len(folders) - _FOLDERS_SHOWN} folders more", file=sys.stderr)
-    print(f"preprocess: {figures(records)}{where}", file=sys.stderr)
+    say(f"preprocess: {figures(records)}{where}", files=len(records), **totals(records))
 
 
 def _make_way(data_folder: Path, todo: list[Task], changed: list[Record]) -> list[Task]:
@@ -346,3 +348,4 @@ def _finish(run: RunFile, done: list[Record], left: int) -> None:
             file=sys.stderr,
         )
     _say_totals(done, f" → {run.data_folder}")
+    tell(folder=run.data_folder)

@@ -32,6 +32,7 @@ from cptain.data.tokenizer import TokenizerFacts
 from cptain.errors import CptainError, one_line
 from cptain.progress import Progress
 from cptain.run_file import RunFile
+from cptain.summary import say
 
 _KEY = "data.tokenized"
 _FOLDER = ".tokenized"  # of the data folder: what was found out about pairs
@@ -167,7 +168,7 @@ def check_pairs(
     """
     known = {pair.record.prefix: None if force else pair.done() for pair in pairs}
     if unchanged := sum(record is not None for record in known.values()):
-        print(f"preprocess: {unchanged} of {len(pairs)} pairs are checked and unchanged", file=sys.stderr)
+        say(f"preprocess: {unchanged} of {len(pairs)} pairs are checked and unchanged", pairs_were_checked=unchanged)
     todo = [pair for pair in pairs if whole or known[pair.record.prefix] is None]
     if not todo:
         return [record for record in known.values() if record], 0

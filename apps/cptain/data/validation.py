@@ -25,6 +25,7 @@ from cptain.data.tokenized import find_pairs, folders_of_pairs
 from cptain.data.tokenizer import tokenizer_facts
 from cptain.errors import CptainError, bad_usage
 from cptain.run_file import RunFile
+from cptain.summary import say, under
 
 _FOLDER = ".validation"
 _LEFT_OUT = "left-out.json"
@@ -75,9 +76,11 @@ def preprocess_all(run: RunFile, *arguments: Any) -> bool:
     worked = preprocess(run, *arguments)
     for name, one in sets.items():
         print(f"preprocess: validation {name}:", file=sys.stderr)
-        worked |= preprocess(one, *arguments)
+        with under("validation", name):
+            worked |= preprocess(one, *arguments)
     for name, one in sets.items():
-        _leave_out(run, name, one)
+        with under("validation", name):
+            _leave_out(run, name, one)
     return worked
 
 
@@ -128,7 +131,7 @@ def _leave_out(run: RunFile, name: str, one: RunFile) -> None:
         found = {few[prefix]: texts for prefix, texts in both.items()}
         atomic.write_json(one.data_folder / _LEFT_OUT, {"made_of": _made_of(records, of_set), "texts": found})
     if count := sum(map(len, found.values())):
-        print(f"preprocess: validation {name}: {count:,} texts are trained on too: left out", file=sys.stderr)
+        say(f"preprocess: validation {name}: {count:,} texts are trained on too: left out", left_out=count)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,16 @@ from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.rates import read_plan_log
 
 Values = dict[str, Any]
+_TITLES = {  # of figures, in their order; the loss of each domain or set comes after that of all
+    "loss": "Loss, nats a token",
+    "loss/": "Loss: ",
+    "validation_loss": "Validation loss, nats a token",
+    "validation_loss/": "Validation loss: ",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_second": "Tokens a second",
+}
+NOISY = ("loss", "grad_norm", "tokens_per_second")  # of which a mean can be drawn, by what stands before a /
 # Names begin so: two say what tokens a second say, and the last two grow with the steps, and have a table.
 _NOT_DRAWN = ("time", "step_seconds", "tflops_per_gpu", "tokens/", "epochs/")
 _RECENT = 100  # steps whose mean says more of a loss than its last step
@@ -67,6 +77,19 @@ def _columns(metrics: dict[int, Values]) -> dict[str, list[Any]]:
         name: [value if math.isfinite(value := values.get(name, math.nan)) else None for values in metrics.values()]
         for name in names
     }
+
+
+def titles(runs: list[Values]) -> dict[str, str]:
+    """The metrics of the documents of runs, in the order of their figures, and the title of each."""
+    order = list(_TITLES)
+    found: list[tuple[int, str, str]] = []
+    for name in dict.fromkeys(name for run in runs for name in run["columns"]):
+        family, slash, of = name.partition("/")
+        if (known := family + slash) in _TITLES:
+            found.append((order.index(known), name, _TITLES[known] + of))
+        elif name not in ("step", "tokens"):
+            found.append((len(order), name, name.replace("_", " ")))
+    return {name: title for _, name, title in sorted(found, key=lambda one: one[0])}
 
 
 def _finals(metrics: dict[int, Values], times: Times) -> Values:

@@ -1,36 +1,19 @@
 // The plots of the numbers in the page, one a metric with a line a run; and the table of finals, sorted at a click.
 "use strict";
 const runs = JSON.parse(document.getElementById("numbers").textContent);
-const TITLES = {
-  loss: "Loss, nats a token",
-  validation_loss: "Validation loss, nats a token",
-  learning_rate: "Learning rate",
-  grad_norm: "Gradient norm, before clipping",
-  tokens_per_second: "Tokens a second",
-};
-const NOISY = ["loss", "grad_norm", "tokens_per_second"]; // of which a mean can be drawn
+const { titles, noisy } = JSON.parse(document.getElementById("metrics").textContent); // noisy: of which a mean can be drawn
 const COMPACT = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const page = document.documentElement;
 const plots = [];
 let axis = "step", span = 1; // what x is, and how many steps a mean is of
 
 const style = name => getComputedStyle(page).getPropertyValue(name).trim();
-const title = key => TITLES[key] ?? key.replace("validation_loss/", "Validation loss: ").replace(/^loss\//, "Loss: ").replaceAll("_", " ");
 
 function shown(value) {
   if (value == null) return "–";
   const size = Math.abs(value);
   if (size && size < 1e-3) return (+value.toPrecision(4)).toExponential();
   return size < 1e5 ? String(+value.toPrecision(6)) : COMPACT.format(value);
-}
-
-// The metrics there are: those with a title first, a loss of each domain or set after that of all.
-function metrics() {
-  const known = Object.keys(TITLES);
-  const order = key =>
-    known.indexOf(key) + 1 || (key.startsWith("loss/") ? 1.5 : key.startsWith("validation_loss/") ? 2.5 : 99);
-  const keys = new Set(runs.flatMap(run => Object.keys(run.columns)));
-  return [...keys].filter(key => key !== "step" && key !== "tokens").sort((one, other) => order(one) - order(other));
 }
 
 // The mean of each value and those before it, as many as are asked for.
@@ -47,7 +30,7 @@ function table(key) {
   return uPlot.join(runs.map(({ columns }) => {
     const at = columns.step.map((_, place) => place).filter(place => columns[key]?.[place] != null);
     const values = at.map(place => columns[key][place]);
-    return [at.map(place => columns[axis][place]), span > 1 && NOISY.includes(key.split("/")[0]) ? means(values) : values];
+    return [at.map(place => columns[axis][place]), span > 1 && noisy.includes(key.split("/")[0]) ? means(values) : values];
   }));
 }
 
@@ -68,11 +51,15 @@ function drawRestarts(plot) {
   ctx.restore();
 }
 
-function draw(key) {
+function place(key) {
   const figure = document.createElement("figure");
   figure.innerHTML = "<figcaption></figcaption>";
-  figure.firstChild.textContent = title(key);
+  figure.firstChild.textContent = titles[key];
   document.getElementById("plots").append(figure);
+  return [key, figure];
+}
+
+function draw([key, figure]) {
   const line = { stroke: style("--line"), width: 1 };
   const side = { stroke: style("--faint"), grid: line, ticks: line, values: (_, at) => at.map(shown) };
   const value = (_, number) => shown(number);
@@ -92,12 +79,16 @@ function draw(key) {
   }, table(key), figure));
 }
 
+const hidden = () => plots[0]?.series.map(one => one.show === false) ?? [];
+const hide = which => which.forEach((is, number) => is && plots.forEach(plot => plot.setSeries(number, { show: false })));
+const isZoomed = ({ data: [x], scales }) => scales.x.min > x[0] || scales.x.max < x.at(-1);
+
 function drawAll() {
-  const hidden = plots[0]?.series.map(one => one.show === false) ?? [];
+  const kept = hidden();
   plots.splice(0).forEach(plot => plot.destroy());
   document.getElementById("plots").replaceChildren();
-  metrics().forEach(draw);
-  hidden.forEach((is, number) => is && plots.forEach(plot => plot.setSeries(number, { show: false })));
+  Object.keys(titles).map(place).forEach(draw); // a figure alone would be given the width of all
+  hide(kept);
 }
 
 function sortBy(head, column) {
@@ -125,3 +116,17 @@ addEventListener("resize", () => plots.forEach(plot => plot.setSize({ width: plo
   drawAll();
 }));
 drawAll();
+
+// A page that is written anew every so many seconds loads itself as often, with what was chosen on it, unless it is zoomed.
+if (+page.dataset.every) {
+  const kept = JSON.parse(sessionStorage.getItem(location.pathname));
+  if (kept) {
+    [`[data-axis="${kept.axis}"]`, `[data-span="${kept.span}"]`].forEach(button => document.querySelector(button).click());
+    hide(kept.hidden);
+  }
+  setInterval(() => {
+    if (plots.some(isZoomed)) return;
+    sessionStorage.setItem(location.pathname, JSON.stringify({ axis, span, hidden: hidden() }));
+    location.reload();
+  }, page.dataset.every * 1000);
+}

@@ -26,6 +26,7 @@ from cptain.lock import WATCHED, lock
 from cptain.processes import read_of_all, stat_fields
 from cptain.progress import Progress
 from cptain.run_file import RunFile
+from cptain.summary import say
 from cptain.training import measured
 from cptain.training.attempt import Attempt
 from cptain.training.follow import Follower
@@ -131,10 +132,12 @@ def train(run: RunFile, cpu: bool = False, nproc_per_node: int | None = None, ac
         if command.start > command.steps:
             bad_usage(f"train.steps = {command.steps}: {run.checkpoints_folder} is at step {command.start}, beyond it")
         if command.start == command.steps:
-            print(
+            say(
                 f"train: all {command.steps} steps are done ({run.checkpoints_folder}); "
                 "to train again, give the run another name",
-                file=sys.stderr,
+                steps=command.steps,
+                start=command.start,
+                saved=command.start,
             )
             return
         if (ends := deadline()) and ends <= time.time():

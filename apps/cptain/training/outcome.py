@@ -18,6 +18,7 @@ from cptain.checkpoint.tracker import iteration_folder
 from cptain.errors import RESUMABLE, CptainError
 from cptain.progress import human
 from cptain.run_file import RunFile
+from cptain.summary import say, tell
 from cptain.training.attempt import Attempt
 from cptain.training.follow import Follower, failure_reason, is_a_signal, last_lines, only_lost_peers
 from cptain.training.health import DivergedError
@@ -55,11 +56,14 @@ def verdict(
     """Say how training ended; raise unless every step is done and saved."""
     saved = record.saved
     if follower.first and follower.last:
-        print(
+        say(
             f"train: step {follower.last.number} of {command.steps}, loss {follower.first.loss:.4f} → "
             f"{follower.last.loss:.4f}, saved at step {saved}",
-            file=sys.stderr,
+            step=follower.last.number,
+            first_loss=follower.first.loss,
+            loss=follower.last.loss,
         )
+    tell(steps=command.steps, start=command.start, saved=saved, log=how.log_file)
     if saved > command.start:
         attempt.saved()
     if saved >= command.steps and how.status == 0:
