@@ -10,7 +10,8 @@ import pytest
 from conftest import RunFileMaker, cptain, write_jsonl
 from cptain.data.recipe import options
 from cptain.data.tokenizer import Tokenizer
-from cptain.run_file import Data, load_run
+from cptain.run_data import Data
+from cptain.run_file import load_run
 from cptain.scheduling.sweep import expand
 
 

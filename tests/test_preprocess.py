@@ -21,7 +21,8 @@ from cptain.data.manifest import Record
 from cptain.data.preprocess import _tasks, shard
 from cptain.data.recipe import Recipe
 from cptain.errors import CptainError
-from cptain.run_file import MixPart, load_run
+from cptain.run_data import MixPart
+from cptain.run_file import load_run
 
 
 def read_pair(prefix: Path) -> list[list[int]]:

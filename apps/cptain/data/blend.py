@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cptain.data.manifest import Record
 from cptain.errors import CptainError
-from cptain.run_file import MixPart
+from cptain.run_data import MixPart
 
 
 @dataclass(frozen=True)

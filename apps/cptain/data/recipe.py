@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cptain.data.tokenizer import TokenizerFacts
-from cptain.run_file import Data, RunFile
+from cptain.run_data import Data
+from cptain.run_file import RunFile
 from cptain.toml_file import shown
 
 
