@@ -1,0 +1,424 @@
+"""A script, followed command by command without running any: which programs it would start, with which arguments.
+
+Assignments, loops, conditions and functions are followed as bash would. A program is noted and not started; no file is
+written, and none is read but those that the script itself sources. What a condition asks of files is answered with no,
+and said (`Reading.assumed`): a script that has not run yet finds no checkpoint.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cptain.shell_script import syntax
+from cptain.shell_script.builtins import BUILTINS, TRANSPARENT
+from cptain.shell_script.conditions import Condition
+from cptain.shell_script.expansion import Expansion, Value, Variables
+from cptain.shell_script.programs import output
+from cptain.shell_script.quoting import Unread
+from cptain.shell_script.values import is_known, shown, unknown
+
+_MOST_COMMANDS = 200_000
+_MOST_SOURCED = 1 << 20  # bytes of a sourced file: a table of settings, not a program
+
+
+@dataclass(frozen=True)
+class Started:
+    """A program that the script would start.
+
+    Attributes:
+        line: of the script.
+        words: its name and arguments.
+    """
+
+    line: int
+    words: list[str]
+
+
+class Leave(Exception):
+    """exit, return, break or continue."""
+
+    def __init__(self, how: str, count: int = 1) -> None:
+        super().__init__(how)
+        self.how, self.count = how, count
+
+
+@dataclass
+class Reading:
+    """What is found while a script is followed.
+
+    Attributes:
+        started: programs, in order.
+        assumed: what was taken for granted, each with its line.
+        printed: what the commands that are followed now have printed.
+    """
+
+    started: list[Started] = field(default_factory=list)
+    assumed: dict[str, None] = field(default_factory=dict)
+    printed: list[str] = field(default_factory=list)
+    commands: int = 0
+
+
+@dataclass
+class Shell:
+    """Follows a script.
+
+    Attributes:
+        folder: where relative paths of `source` begin.
+        files: what the scheduler leaves for a job, by the name that the script has for it.
+        programs: what a program prints on the cluster, where that follows from the scheduler's directives.
+    """
+
+    folder: Path
+    files: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict)
+    variables: Variables = field(default_factory=Variables)
+    functions: dict[str, syntax.Node] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        self.words = Expansion(self.variables, self.output_of)
+        self.line, self.unsure = 0, False  # the last condition's answer is a guess
+
+    def follow(self, text: str) -> None:
+        """Follow a script's text, to its end or its exit.
+
+        Raises:
+            Unread: what cptain cannot read, with its line.
+        """
+        tree = syntax.Parser(text).parse()
+        try:
+            self.run(tree, None)
+        except Leave:
+            pass
+        except Unread as error:
+            message = str(error)
+            raise Unread(message if message.startswith("line ") else f"line {self.line}: cptain cannot read this: {error}") from None  # fmt: skip
+        except RecursionError:
+            raise Unread(f"line {self.line}: functions call one another without end") from None
+
+    def assume(self, what: str) -> None:
+        """Note what was taken for granted."""
+        self.reading.assumed.setdefault(f"line {self.line}: {what}")
+
+    def output_of(self, text: str) -> str:
+        """What the commands of $(…) print, without the last line ends."""
+        if text.strip().startswith("<"):
+            content = self.files.get(self.words.text(text.strip()[1:].strip()))
+            return content.rstrip("\n") if content is not None else unknown(f"$({text.strip()})")
+        line, inner = self.line, self._apart()
+        tree = syntax.Parser(text).parse()
+        with suppress(Leave):
+            inner.run(tree, None)
+        self.line = line
+        self.variables.status = inner.variables.status
+        return "".join(inner.reading.printed).rstrip("\n")
+
+    def _apart(self) -> "Shell":
+        """A shell with variables of its own, which notes where this one does; what it prints is its own."""
+        if self.depth > 60:
+            raise Unread("commands in commands without end")
+        values: dict[str, Value] = {
+            name: value if isinstance(value, str) else value.copy() for name, value in self.variables.values.items()
+        }
+        variables = Variables(values, list(self.variables.arguments), self.variables.script, 0, self.variables.outside)
+        reading = Reading(self.reading.started, self.reading.assumed, [], self.reading.commands)
+        shell = Shell(self.folder, self.files, self.programs, variables, dict(self.functions), reading, self.depth + 1)
+        shell.line = self.line
+        return shell
+
+    def run(self, node: syntax.Node, text: str | None) -> bool:
+        """Follow a command; `text` is its standard input. Gives whether it succeeds."""
+        self.reading.commands += 1
+        if self.reading.commands > _MOST_COMMANDS:
+            raise Unread(f"more than {_MOST_COMMANDS:,} commands: a loop without end?")
+        self.line = node.line or self.line
+        follow: Callable[[syntax.Node, str | None], bool] = getattr(self, f"_{type(node).__name__.lower()}")
+        if isinstance(node, syntax.Simple):
+            return follow(node, text)
+        text = self._input(node, text)
+        kept = len(self.reading.printed)
+        done = follow(node, text)
+        if self._is_redirected(node):
+            del self.reading.printed[kept:]
+        return done
+
+    def _is_redirected(self, node: syntax.Node) -> bool:
+        return any(one.operator.lstrip("1") in (">", ">>", ">|", "&>", "&>>") for one in node.redirects)
+
+    def _input(self, node: syntax.Node, text: str | None) -> str | None:
+        for redirect in node.redirects:
+            if redirect.operator == "<<":
+                text = redirect.word if redirect.literal else self.words.here_document(redirect.word)
+            elif redirect.operator == "<<<":
+                text = self.words.text(redirect.word) + "\n"
+            elif redirect.operator == "<":
+                file = self.words.text(redirect.word)
+                text = self.files.get(file, unknown(f"$(< {shown(file)})"))
+        return text
+
+    def _chain(self, node: syntax.Chain, text: str | None) -> bool:
+        done = True
+        for joint, part in node.parts:
+            if joint == ";" or done == (joint == "&&"):
+                guess, self.unsure = self.unsure, False
+                try:
+                    done = self.run(part, text)
+                except Leave as leave:
+                    if not (joint != ";" and guess and leave.how == "exit"):
+                        raise
+                    self.assume("an exit, if a check of files or of the cluster fails: taken as passed")
+                    done = True
+        self.variables.status = int(not done)
+        return done
+
+    def _pipeline(self, node: syntax.Pipeline, text: str | None) -> bool:
+        done = True
+        for place, command in enumerate(node.commands):
+            if place == len(node.commands) - 1:
+                done = self.run(command, text)
+                break
+            inner = self._apart()
+            with suppress(Leave):
+                inner.run(command, text)
+            text = "".join(inner.reading.printed)
+        return done != node.negated
+
+    def _if(self, node: syntax.If, text: str | None) -> bool:
+        guessed = False
+        for condition, body in node.branches:
+            self.unsure = False
+            chosen = condition is None or self.run(condition, text)
+            guessed = guessed or self.unsure
+            self.unsure = False
+            if not chosen:
+                continue
+            try:
+                return self.run(body, text)
+            except Leave as leave:
+                if not (guessed and leave.how == "exit"):
+                    raise
+                self.assume("an exit, if a check of files or of the cluster fails: taken as passed")
+        return True
+
+    def _for(self, node: syntax.For, text: str | None) -> bool:
+        words = node.words
+        values = self.variables.arguments if words is None else [one for word in words for one in self.words.fields(word)]
+        for value in list(values):
+            self.variables.assign(node.name, value)
+            if not self._turn(node.body, text):
+                break
+        return True
+
+    def _turn(self, body: syntax.Node | None, text: str | None) -> bool:
+        """One turn of a loop; False where it was the last."""
+        try:
+            self.run(body, text) if body else None
+        except Leave as leave:
+            if leave.how not in ("break", "continue"):
+                raise
+            if leave.count > 1:
+                raise Leave(leave.how, leave.count - 1) from None
+            return leave.how == "continue"
+        return True
+
+    def _loop(self, node: syntax.Loop, text: str | None) -> bool:
+        if node.counted:
+            begin, condition, step = node.counted
+            self.words.arithmetic(begin)
+            while not condition or self._positive(self.words.arithmetic(condition)):
+                if not self._turn(node.body, text):
+                    break
+                self.words.arithmetic(step)
+                self.reading.commands += 1
+            return True
+        lines = list((text or "").splitlines(keepends=True))
+        self.lines, outer = lines, getattr(self, "lines", None)
+        while True:
+            self.unsure = False
+            going = self.run(node.condition, text) != node.until if node.condition else False
+            if not going or self.unsure:
+                if self.unsure:
+                    self.assume("a loop whose end only the cluster knows: passed over")
+                break
+            if not self._turn(node.body, text):
+                break
+        self.lines, self.unsure = outer, False
+        return True
+
+    def _positive(self, value: str) -> bool:
+        if not is_known(value):
+            self.assume(f"{shown(value)}: known on the cluster only: taken as 0")
+            self.unsure = True
+            return False
+        return int(value) != 0
+
+    def _case(self, node: syntax.Case, text: str | None) -> bool:
+        value = self.words.text(node.word)
+        for patterns, body in node.branches:
+            for pattern in patterns:
+                answer = self._condition([node.word, "==", pattern], True)
+                if answer or (answer is None and pattern == "*"):
+                    return self.run(body, text)
+        if not is_known(value):
+            self.assume(f"case {shown(value)}: known on the cluster only: none of its patterns is taken")
+        return True
+
+    def _function(self, node: syntax.Function, text: str | None) -> bool:
+        if node.body:
+            self.functions[node.name] = node.body
+        return True
+
+    def _group(self, node: syntax.Group, text: str | None) -> bool:
+        if node.body is None:
+            return True
+        if not node.apart:
+            return self.run(node.body, text)
+        inner = self._apart()
+        with suppress(Leave):
+            inner.run(node.body, text)
+        self.reading.printed += inner.reading.printed
+        return not inner.variables.status
+
+    def _arithmetic(self, node: syntax.Arithmetic, text: str | None) -> bool:
+        return self._positive(self.words.arithmetic(node.expression))
+
+    def _test(self, node: syntax.Test, text: str | None) -> bool:
+        return self.answer(node.words, True)
+
+    def answer(self, words: list[str], double: bool) -> bool:
+        """A test's answer; what only the cluster knows is no, and noted."""
+        found = self._condition(words, double)
+        if found is not None:
+            return found
+        said = " ".join(shown(self.words.text(word)) if double else shown(word) for word in words)
+        denied = bool(words) and words[0] == "!"
+        self.assume(f"whether {said}: known on the cluster only: taken as {'yes' if denied else 'no'}")
+        self.unsure = True
+        return denied
+
+    def _condition(self, words: list[str], double: bool) -> bool | None:
+        def same(word: str) -> str:
+            return word
+
+        def narrow(word: str, value: str) -> None:
+            name = word.strip('"').removeprefix("${").removeprefix("$").removesuffix("}")
+            if name.isidentifier():
+                self.variables.assign(name, value)
+                self.assume(f"{name} stands for every file {shown(value)}, of which the cluster knows which are there")
+
+        def number(word: str) -> str:
+            return self.words.arithmetic(word if double else word.strip() or "0")
+
+        text, pattern = (self.words.text, self.words.pattern) if double else (same, same)
+        return Condition(words, double, text, pattern, number, lambda name: self.variables.get(name) is not None, narrow).result()  # fmt: skip
+
+    def assign(self, one: syntax.Assignment) -> None:
+        """An assignment of the script."""
+        variables = self.variables
+        if one.words is not None:
+            added = self._array(one.words, variables.values.get(one.name) if one.adds else None)
+            variables.values[one.name] = added
+            return
+        value = self.words.text(one.word)
+        if one.index is not None:
+            kept = variables.values.get(one.name)
+            if isinstance(kept, dict):
+                key = self.words.text(one.index)
+                kept[key] = kept.get(key, "") + value if one.adds else value
+                return
+            elements, place = variables.elements(one.name), int(self.words.arithmetic(one.index))
+            if not -len(elements) <= place <= 100_000:
+                raise Unread(f"{one.name}[{place}]")
+            elements += [""] * (place + 1 - len(elements))
+            elements[place] = elements[place] + value if one.adds else value
+            variables.values[one.name] = elements
+            return
+        variables.assign(one.name, (variables.get(one.name) or "") + value if one.adds else value)
+
+    def _array(self, words: list[str], kept: Value | None) -> Value:
+        if isinstance(kept, dict) or (words and words[0].startswith("[")):
+            pairs: dict[str, str] = dict(kept) if isinstance(kept, dict) else {}
+            for word in words:
+                key, equals, value = word.removeprefix("[").partition("]=")
+                if not equals:
+                    raise Unread(f"the array element {word}")
+                pairs[self.words.text(key)] = self.words.text(value)
+            return pairs
+        before = [kept] if isinstance(kept, str) else list(kept or [])
+        return before + [one for word in words for one in self.words.fields(word)]
+
+    def _simple(self, node: syntax.Simple, text: str | None) -> bool:
+        declared = [one for one in node.words if isinstance(one, syntax.Assignment)]
+        words = [one for word in node.words if isinstance(word, str) for one in self.words.fields(word)]
+        text = self._input(node, text)
+        if not words:
+            self.variables.status = 0
+            for assignment in node.assignments:
+                self.assign(assignment)
+            return self.variables.status == 0
+        before = {one.name: self.variables.values.get(one.name) for one in node.assignments}
+        for assignment in node.assignments:
+            self.assign(assignment)
+        kept = len(self.reading.printed)
+        done = self.call(words, text, declared)
+        for name, value in before.items():
+            self.variables.values.pop(name, None) if value is None else self.variables.values.update({name: value})
+        if self._is_redirected(node):
+            del self.reading.printed[kept:]
+        self.variables.status = int(not done)
+        return done
+
+    def call(self, words: list[str], text: str | None, declared: list[syntax.Assignment] | None = None) -> bool:
+        """A command by its name: a function, a builtin of the shell, or a program, which is noted."""
+        name = words[0]
+        if function := self.functions.get(name):
+            if self.depth > 60:
+                raise Unread(f"{name} calls itself without end")
+            arguments, self.variables.arguments = self.variables.arguments, words[1:]
+            self.depth += 1
+            try:
+                return self.run(function, text)
+            except Leave as leave:
+                if leave.how != "return":
+                    raise
+                return self.variables.status == 0
+            finally:
+                self.variables.arguments, self.depth = arguments, self.depth - 1
+        if builtin := BUILTINS.get(name):
+            return builtin(self, words[1:], text, declared or [])
+        if name in TRANSPARENT and len(words) > 1 and not words[1].startswith("-"):
+            return self.call(words[1:], text)
+        self.reading.started.append(Started(self.line, words))
+        if (known := self.programs.get(" ".join(words))) is not None:
+            self.reading.printed.append(known)
+        else:
+            self.reading.printed.append(output(words, text, self.files.get))
+        return True
+
+    def source(self, name: str, arguments: list[str]) -> bool:
+        """Follow a file that the script sources, or starts with bash; one that is not here is noted."""
+        file = self.folder / name
+        try:
+            if not is_known(name) or not file.is_file() or file.stat().st_size > _MOST_SOURCED:
+                raise OSError
+            content = file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            self.assume(f"{shown(name)} is not here to be read: taken to set nothing that matters")
+            return True
+        kept, line = self.variables.arguments, self.line
+        self.variables.arguments = arguments or kept
+        if self.depth > 60:
+            raise Unread(f"{name} sources itself without end")
+        self.depth += 1
+        try:
+            self.run(syntax.Parser(content).parse(), None)
+        except Leave as leave:
+            if leave.how != "return":
+                raise
+        except Unread as error:
+            raise Unread(f"line {line}: sources {name}: {error}") from None
+        finally:
+            self.variables.arguments, self.line, self.depth = kept, line, self.depth - 1
+        return True
