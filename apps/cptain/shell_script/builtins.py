@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cptain.shell_script.expansion import cut_at_blanks
 from cptain.shell_script.programs import printf
 from cptain.shell_script.quoting import Unread
-from cptain.shell_script.values import is_known, shown, unknown
+from cptain.shell_script.syntax import Assignment, Parser
+from cptain.shell_script.values import shown, unknown, unknowns
 
 if TYPE_CHECKING:
     from cptain.shell_script.shell import Shell
-    from cptain.shell_script.syntax import Assignment
+
+
+class Leave(Exception):
+    """exit, return, break or continue."""
+
+    def __init__(self, how: str, count: int = 1) -> None:
+        super().__init__(how)
+        self.how, self.count = how, count
+
 
 Builtin = Callable[["Shell", list[str], "str | None", "list[Assignment]"], bool]
 
@@ -108,29 +119,33 @@ def _bracket(shell: Shell, words: list[str], text: str | None, declared: list[As
     return shell.answer(words[:-1], double=False)
 
 
+def _cd(shell: Shell, words: list[str], text: str | None, declared: list[Assignment]) -> bool:
+    folder = next((word for word in words if not word.startswith("-")), "")
+    now = shell.variables.get("PWD") or unknown("$PWD")
+    shell.variables.assign("PWD", os.path.normpath(folder) if folder.startswith("/") else os.path.join(now, folder))
+    return True
+
+
+def _pwd(shell: Shell, words: list[str], text: str | None, declared: list[Assignment]) -> bool:
+    shell.reading.printed.append((shell.variables.get("PWD") or unknown("$PWD")) + "\n")
+    return True
+
+
 def _leave(how: str) -> Builtin:
     def leave(shell: Shell, words: list[str], text: str | None, declared: list[Assignment]) -> bool:
-        from cptain.shell_script.shell import Leave
-
         number = int(words[0]) if words and words[0].isdigit() else None
         if how in ("exit", "return") and number is not None:
             shell.variables.status = number
+        if how == "exit":
+            shell.reading.ended = f"line {shell.line}: exit {shell.variables.status}"
         raise Leave(how, number or 1)
 
     return leave
 
 
 def _eval(shell: Shell, words: list[str], text: str | None, declared: list[Assignment]) -> bool:
-    from cptain.shell_script.syntax import Parser
-
-    line = shell.line
-    done = shell.run(_on_line(Parser(" ".join(words)).parse(), line), text)
-    shell.line = line
-    return done
-
-
-def _on_line(tree: object, line: int) -> "object":
-    return tree
+    with shell.elsewhere():
+        return shell.run(Parser(" ".join(words)).parse(), text)
 
 
 def _source(shell: Shell, words: list[str], text: str | None, declared: list[Assignment]) -> bool:
@@ -148,24 +163,28 @@ def _read(shell: Shell, words: list[str], text: str | None, declared: list[Assig
             continue
         names.append(words[place])
         place += 1
-    lines = getattr(shell, "lines", None)
+    lines = shell.lines
     if lines is None:
         lines = (text or "").splitlines(keepends=True)
     if not lines:
         return False
     line = lines.pop(0).rstrip("\n")
-    if not is_known(line) and line.startswith("\ue001$(<"):
+    if any(what.startswith("$(<") for what in unknowns(line)):
         shell.unsure = True
         return False
-    from cptain.shell_script.expansion import _blank_split
-
-    parts = [one for one in _blank_split(line, shell.variables.get("IFS")) if one]
+    parts = [one for one in cut_at_blanks(line, shell.variables.get("IFS")) if one]
     if array:
         shell.variables.values[names[0]] = parts
         return True
     for number, name in enumerate(names or ["REPLY"]):
         last = number == len(names or ["REPLY"]) - 1
-        value = " ".join(parts[number:]) if last and number else line.strip() if last else "".join(parts[number : number + 1])
+        value = (
+            " ".join(parts[number:])
+            if last and number
+            else line.strip()
+            if last
+            else "".join(parts[number : number + 1])
+        )
         shell.variables.assign(name, value)
     return True
 
@@ -189,8 +208,8 @@ def _getopts(shell: Shell, words: list[str], text: str | None, declared: list[As
 BUILTINS: dict[str, Builtin] = {
     ":": _nothing, "true": _nothing, "false": _false, "echo": _echo, "printf": _printf, "test": _test, "[": _bracket,
     "unset": _unset, "set": _set, "shift": _shift, "eval": _eval, "source": _source, ".": _source, "read": _read,
-    "mapfile": _mapfile, "readarray": _mapfile, "let": _let, "getopts": _getopts,
+    "mapfile": _mapfile, "readarray": _mapfile, "let": _let, "cd": _cd, "pwd": _pwd, "getopts": _getopts,
     **dict.fromkeys(("export", "local", "declare", "typeset", "readonly"), _declare),
     **{how: _leave(how) for how in ("exit", "return", "break", "continue")},
-    **dict.fromkeys("cd pushd popd trap wait kill ulimit umask shopt alias unalias hash disown jobs bg fg type enable".split(), _nothing),
+    **dict.fromkeys(["pushd", "popd", "trap", "wait", "kill", "ulimit", "umask", "shopt", "alias", "unalias", "hash", "disown", "jobs", "bg", "fg", "type", "enable"], _nothing),
 }  # fmt: skip

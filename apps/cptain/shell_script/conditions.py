@@ -132,5 +132,3 @@ class Condition:
         if operator in ("-nt", "-ot", "-ef"):
             return None
         raise Unread(f"the test {word} {operator} {other}")
-
-

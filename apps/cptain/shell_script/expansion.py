@@ -47,7 +47,13 @@ class Variables:
             return self.arguments[place - 1] if place <= len(self.arguments) else None
         if name in "@*":
             return " ".join(self.arguments)
-        special = {"#": str(len(self.arguments)), "?": str(self.status), "$": unknown("$$"), "!": unknown("$!"), "-": ""}
+        special = {
+            "#": str(len(self.arguments)),
+            "?": str(self.status),
+            "$": unknown("$$"),
+            "!": unknown("$!"),
+            "-": "",
+        }
         if name in special:
             return special[name]
         value = self.values.get(name)
@@ -94,6 +100,10 @@ class Expansion:
         """A word's value where it is not split: in assignments, tests and redirections."""
         return "".join(" " if kind == _BREAK else text for kind, text in self._pieces(word))
 
+    def redirected(self, word: str) -> str | None:
+        """What the commands of < <(…) print; None for the name of a file."""
+        return self.output_of(word[2:-1]) + "\n" if word.startswith("<(") else None
+
     def pattern(self, word: str) -> str:
         """A word as a pattern, whose quoted parts match themselves."""
         return "".join(
@@ -137,7 +147,7 @@ class Expansion:
             if kind == _LITERAL:
                 current = (current or "") + text
                 continue
-            parts = _blank_split(text, self.variables.get("IFS"))
+            parts = cut_at_blanks(text, self.variables.get("IFS"))
             if not parts:
                 continue
             if parts[0] == "":  # it begins with blanks
@@ -154,6 +164,9 @@ class Expansion:
 
     def _pieces(self, word: str) -> Iterator[tuple[str, str]]:
         at = 0
+        if word.startswith(("<(", ">(")):
+            yield _QUOTED, unknown(word)
+            at = end_of_bracket(word, 1)
         if word.startswith("~") and re.match(r"~(/|$)", word):
             yield _QUOTED, self.variables.get("HOME") or unknown("~")
             at = 1
@@ -207,7 +220,7 @@ class Expansion:
             end = end_of_bracket(text, at + 1)
             return end, [(kind, self.output_of(text[at + 2 : end - 1]))]
         if text.startswith("${", at):
-            end = end_of_bracket(text, at + 1)
+            end = end_of_bracket(text, at + 1, in_double=quoted)
             return end, self._braced(text[at + 2 : end - 1], quoted)
         if match := re.compile(r"[A-Za-z_]\w*|\d|[@*#?$!-]").match(text, at + 1):
             return match.end(), self._plain(match[0], quoted)
@@ -348,7 +361,7 @@ def _listed(elements: list[str], quoted: bool) -> list[tuple[str, str]]:
     return pieces
 
 
-def _blank_split(text: str, ifs: str | None) -> list[str]:
+def cut_at_blanks(text: str, ifs: str | None) -> list[str]:
     """Parts between blanks, or what IFS names; an empty first or last part says that blanks are there. A mark is never
     cut."""
     ifs = " \t\n" if ifs is None else ifs
@@ -400,4 +413,3 @@ def _braces(word: str) -> list[str]:
                 return [word[:at] + one + rest for one in choices for rest in _braces(word[match.end() :])]
         at = end_of_part(word, at)
     return [word]
-

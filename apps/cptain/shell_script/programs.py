@@ -3,6 +3,7 @@
 The output of any other is known on the cluster only.
 """
 
+import os
 import re
 from collections.abc import Callable
 
@@ -25,6 +26,15 @@ def _dirname(arguments: list[str], _: str) -> str | None:
         return None
     folder, slash, _name = arguments[0].rstrip("/").rpartition("/")
     return (folder or ("/" if slash else ".")) + "\n"
+
+
+def _realpath(arguments: list[str], _: str) -> str | None:
+    names = [one for one in arguments if not one.startswith("-")]
+    return os.path.normpath(names[0]) + "\n" if len(names) == 1 and names[0].startswith("/") else None
+
+
+def _readlink(arguments: list[str], text: str) -> str | None:
+    return _realpath(arguments, text) if arguments[:1] == ["-f"] else None
 
 
 def _cat(arguments: list[str], text: str) -> str | None:
@@ -92,6 +102,7 @@ def _awk(arguments: list[str], text: str) -> str | None:
 _PROGRAMS: dict[str, Program] = {
     "basename": _basename, "dirname": _dirname, "cat": _cat, "wc": _wc, "seq": _seq, "head": _head, "tail": _tail,
     "sort": _sort, "uniq": _uniq, "tr": _tr, "cut": _cut, "awk": _awk,
+    "realpath": _realpath, "readlink": _readlink,
 }  # fmt: skip
 _OF_FILE = {"cat", "wc", "head", "tail", "sort", "uniq"}  # the last argument may be a file, in the place of the input
 
@@ -113,7 +124,7 @@ def output(words: list[str], text: str | None, read: Callable[[str], str | None]
     if (program := _PROGRAMS.get(name)) is None or not is_known(whole):
         return unknown(f"$({shown(whole)})") + "\n"
     if text is None or not is_known(text):
-        reads_nothing = name in ("basename", "dirname", "seq")
+        reads_nothing = name in ("basename", "dirname", "seq", "realpath", "readlink")
         if not reads_nothing:
             return (text if text and name == "cat" and not arguments else unknown(f"$(… | {shown(whole)})")) + ""
     computed = program(arguments, text or "")

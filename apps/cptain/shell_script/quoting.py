@@ -34,11 +34,17 @@ def end_of_part(text: str, at: int) -> int:
         return _end_of_double(text, at + 2)
     if character == "$" and following and following in _CLOSES:
         return end_of_bracket(text, at + 1)
-    return at + 1
+    return at + 2 if character == "$" and following and following in "$#?!@*-" else at + 1
 
 
-def end_of_bracket(text: str, at: int) -> int:
-    """The index after the bracket that closes the ( or { at `at`, quotes and inner brackets skipped."""
+def end_of_bracket(text: str, at: int, in_double: bool = False) -> int:
+    """The index after the bracket that closes the ( or { at `at`, quotes and inner brackets skipped.
+
+    Args:
+        text: the script.
+        at: the bracket's index.
+        in_double: inside double quotes, where ' is no quote in ${…}.
+    """
     opens, closes, depth, place = text[at], _CLOSES[text[at]], 0, at
     while place < len(text):
         if text[place] == opens:
@@ -50,7 +56,8 @@ def end_of_bracket(text: str, at: int) -> int:
         elif opens == "(" and text[place] == "#" and text[place - 1] in " \t\n":  # a comment, with quotes of its own
             place = _after(text, text.find("\n", place), "(") - 1
             continue
-        place = max(place + 1, end_of_part(text, place))
+        plain = opens == "{" and in_double and text[place] == "'"
+        place = place + 1 if plain or text[place] == opens else end_of_part(text, place)
     raise Unread(f"{opens} without its {closes}")
 
 
@@ -64,7 +71,10 @@ def _end_of_double(text: str, at: int) -> int:
     while at < len(text):
         if text[at] == '"':
             return at + 1
-        at = at + 1 if text[at] == "'" or text[at : at + 2] == "$'" else end_of_part(text, at)
+        if text.startswith("${", at):
+            at = end_of_bracket(text, at + 1, in_double=True)
+        else:
+            at = at + 1 if text[at] == "'" or text[at : at + 2] in ("$'", '$"') else end_of_part(text, at)
     raise Unread('" without its end')
 
 

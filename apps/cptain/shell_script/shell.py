@@ -5,13 +5,13 @@ written, and none is read but those that the script itself sources. What a condi
 and said (`Reading.assumed`): a script that has not run yet finds no checkpoint.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cptain.shell_script import syntax
-from cptain.shell_script.builtins import BUILTINS, TRANSPARENT
+from cptain.shell_script.builtins import BUILTINS, TRANSPARENT, Leave
 from cptain.shell_script.conditions import Condition
 from cptain.shell_script.expansion import Expansion, Value, Variables
 from cptain.shell_script.programs import output
@@ -35,14 +35,6 @@ class Started:
     words: list[str]
 
 
-class Leave(Exception):
-    """exit, return, break or continue."""
-
-    def __init__(self, how: str, count: int = 1) -> None:
-        super().__init__(how)
-        self.how, self.count = how, count
-
-
 @dataclass
 class Reading:
     """What is found while a script is followed.
@@ -51,12 +43,17 @@ class Reading:
         started: programs, in order.
         assumed: what was taken for granted, each with its line.
         printed: what the commands that are followed now have printed.
+        sourced: files that were read beside the script.
+        commands: how many were followed.
+        ended: where the script ends before its last line.
     """
 
     started: list[Started] = field(default_factory=list)
     assumed: dict[str, None] = field(default_factory=dict)
     printed: list[str] = field(default_factory=list)
+    sourced: list[str] = field(default_factory=list)
     commands: int = 0
+    ended: str = ""
 
 
 @dataclass
@@ -67,6 +64,13 @@ class Shell:
         folder: where relative paths of `source` begin.
         files: what the scheduler leaves for a job, by the name that the script has for it.
         programs: what a program prints on the cluster, where that follows from the scheduler's directives.
+        variables, functions: the script's own.
+        reading: what is found.
+        depth: of functions, sourced files and commands in commands.
+        line: the script's line that is followed now.
+        nested: how deep in text that is not the script's own, whose lines do not count.
+        unsure: the last condition's answer is a guess.
+        lines: what is left of the input of the loop that `read` reads.
     """
 
     folder: Path
@@ -76,10 +80,13 @@ class Shell:
     functions: dict[str, syntax.Node] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
     depth: int = 0
+    line: int = 0
+    nested: int = 0
+    unsure: bool = False
+    lines: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.words = Expansion(self.variables, self.output_of)
-        self.line, self.unsure = 0, False  # the last condition's answer is a guess
 
     def follow(self, text: str) -> None:
         """Follow a script's text, to its end or its exit.
@@ -98,6 +105,15 @@ class Shell:
         except RecursionError:
             raise Unread(f"line {self.line}: functions call one another without end") from None
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Commands of another text than the script's, whose lines are not the script's."""
+        self.nested += 1
+        try:
+            yield
+        finally:
+            self.nested -= 1
+
     def assume(self, what: str) -> None:
         """Note what was taken for granted."""
         self.reading.assumed.setdefault(f"line {self.line}: {what}")
@@ -107,11 +123,9 @@ class Shell:
         if text.strip().startswith("<"):
             content = self.files.get(self.words.text(text.strip()[1:].strip()))
             return content.rstrip("\n") if content is not None else unknown(f"$({text.strip()})")
-        line, inner = self.line, self._apart()
-        tree = syntax.Parser(text).parse()
-        with suppress(Leave):
+        inner, tree = self._apart(), syntax.Parser(text).parse()
+        with suppress(Leave), inner.elsewhere():
             inner.run(tree, None)
-        self.line = line
         self.variables.status = inner.variables.status
         return "".join(inner.reading.printed).rstrip("\n")
 
@@ -123,9 +137,9 @@ class Shell:
             name: value if isinstance(value, str) else value.copy() for name, value in self.variables.values.items()
         }
         variables = Variables(values, list(self.variables.arguments), self.variables.script, 0, self.variables.outside)
-        reading = Reading(self.reading.started, self.reading.assumed, [], self.reading.commands)
+        reading = replace(self.reading, printed=[])
         shell = Shell(self.folder, self.files, self.programs, variables, dict(self.functions), reading, self.depth + 1)
-        shell.line = self.line
+        shell.line, shell.nested = self.line, self.nested
         return shell
 
     def run(self, node: syntax.Node, text: str | None) -> bool:
@@ -133,7 +147,7 @@ class Shell:
         self.reading.commands += 1
         if self.reading.commands > _MOST_COMMANDS:
             raise Unread(f"more than {_MOST_COMMANDS:,} commands: a loop without end?")
-        self.line = node.line or self.line
+        self.line = self.line if self.nested else node.line
         follow: Callable[[syntax.Node, str | None], bool] = getattr(self, f"_{type(node).__name__.lower()}")
         if isinstance(node, syntax.Simple):
             return follow(node, text)
@@ -154,6 +168,9 @@ class Shell:
             elif redirect.operator == "<<<":
                 text = self.words.text(redirect.word) + "\n"
             elif redirect.operator == "<":
+                if (printed := self.words.redirected(redirect.word)) is not None:
+                    text = printed
+                    continue
                 file = self.words.text(redirect.word)
                 text = self.files.get(file, unknown(f"$(< {shown(file)})"))
         return text
@@ -204,7 +221,9 @@ class Shell:
 
     def _for(self, node: syntax.For, text: str | None) -> bool:
         words = node.words
-        values = self.variables.arguments if words is None else [one for word in words for one in self.words.fields(word)]
+        values = (
+            self.variables.arguments if words is None else [one for word in words for one in self.words.fields(word)]
+        )
         for value in list(values):
             self.variables.assign(node.name, value)
             if not self._turn(node.body, text):
@@ -234,7 +253,7 @@ class Shell:
                 self.reading.commands += 1
             return True
         lines = list((text or "").splitlines(keepends=True))
-        self.lines, outer = lines, getattr(self, "lines", None)
+        self.lines, outer = lines, self.lines
         while True:
             self.unsure = False
             going = self.run(node.condition, text) != node.until if node.condition else False
@@ -399,12 +418,8 @@ class Shell:
 
     def source(self, name: str, arguments: list[str]) -> bool:
         """Follow a file that the script sources, or starts with bash; one that is not here is noted."""
-        file = self.folder / name
-        try:
-            if not is_known(name) or not file.is_file() or file.stat().st_size > _MOST_SOURCED:
-                raise OSError
-            content = file.read_text(encoding="utf-8")
-        except (OSError, ValueError):
+        content = self._sourced(name)
+        if content is None:
             self.assume(f"{shown(name)} is not here to be read: taken to set nothing that matters")
             return True
         kept, line = self.variables.arguments, self.line
@@ -412,13 +427,24 @@ class Shell:
         if self.depth > 60:
             raise Unread(f"{name} sources itself without end")
         self.depth += 1
+        self.reading.sourced.append(name)
         try:
-            self.run(syntax.Parser(content).parse(), None)
+            with self.elsewhere():
+                self.run(syntax.Parser(content).parse(), None)
         except Leave as leave:
             if leave.how != "return":
                 raise
         except Unread as error:
-            raise Unread(f"line {line}: sources {name}: {error}") from None
+            raise Unread(f"line {line}: it sources {name}: {error}") from None
         finally:
             self.variables.arguments, self.line, self.depth = kept, line, self.depth - 1
         return True
+
+    def _sourced(self, name: str) -> str | None:
+        """The text of a file that the script sources, by its path, or below the script's folder or one above it."""
+        for folder in (self.folder, *self.folder.parents) if is_known(name) else ():
+            with suppress(OSError, ValueError):
+                file = folder / name
+                if file.is_file() and file.stat().st_size <= _MOST_SOURCED:
+                    return file.read_text(encoding="utf-8")
+        return None

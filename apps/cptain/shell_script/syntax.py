@@ -208,6 +208,8 @@ class Parser:
     def _word(self) -> str:
         """Read a word as it is written."""
         begin = self._at
+        if self._text[begin : begin + 2] in ("<(", ">("):  # the name of a pipe, from or to these commands
+            self._at = end_of_bracket(self._text, begin + 1)
         while self._at < len(self._text) and self._text[self._at] not in _ENDS_WORD:
             if self._text.startswith("\\\n", self._at):
                 break
@@ -279,7 +281,7 @@ class Parser:
             self._close(")")
         elif word in compound:
             node = compound[word](line)
-        elif word and re.match(rf"{re.escape(word)}\s*\(\s*\)", self._text[self._at :]):
+        elif word and word[-1] != "=" and re.match(rf"{re.escape(word)}\s*\(\s*\)", self._text[self._at :]):
             node = self._function(line)
         else:
             return self._simple(line)
@@ -424,7 +426,7 @@ class Parser:
         if not match:
             return None
         if self._text.startswith("(", match.end()) and match[2] in "<>":
-            raise Unread(f"{match[2]}(…)")
+            return None  # <(…), an argument
         self._at = match.end()
         self._blank()
         word = self._word()
@@ -465,7 +467,7 @@ class Parser:
             if redirect := self._redirect():
                 node.redirects.append(redirect)
                 continue
-            if self._text[self._at] in "\n;|&)":
+            if self._text[self._at] in "\n;|&)":  # and no redirection, which <( and >( are not
                 break
             if (not node.words or declares) and (assignment := self._assignment()):
                 (node.words if declares else node.assignments).append(assignment)  # type: ignore[attr-defined]
