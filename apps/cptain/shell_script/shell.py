@@ -5,6 +5,7 @@ written, and none is read but those that the script itself sources. What a condi
 and said (`Reading.assumed`): a script that has not run yet finds no checkpoint.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -410,11 +411,31 @@ class Shell:
         if name in TRANSPARENT and len(words) > 1 and not words[1].startswith("-"):
             return self.call(words[1:], text)
         self.reading.started.append(Started(self.line, words))
+        self._inner_script(words)
         if (known := self.programs.get(" ".join(words))) is not None:
             self.reading.printed.append(known)
         else:
             self.reading.printed.append(output(words, text, self.files.get))
         return True
+
+    def _inner_script(self, words: list[str]) -> None:
+        """Follow what a program is given to run in a shell: bash -c "…", ssh HOST "…", srun bash FILE."""
+        shells = [place for place, word in enumerate(words) if word.rpartition("/")[2] in ("bash", "sh")]
+        inner = self._apart()
+        with suppress(Leave), inner.elsewhere():
+            for place in shells:
+                rest = words[place + 1 :]
+                while rest and rest[0].startswith("-") and not re.fullmatch(r"-\w*c", rest[0]):
+                    rest = rest[1:]
+                if rest and rest[0].startswith("-"):
+                    inner.variables.arguments = rest[3:]
+                    inner.run(syntax.Parser(rest[1]).parse() if rest[1:] else syntax.Chain(0), None)
+                elif rest:
+                    inner.source(rest[0], rest[1:])
+                return
+            for word in words[1:]:
+                if "pretrain_gpt.py" in word and any(blank in word for blank in " \n"):
+                    inner.run(syntax.Parser(word).parse(), None)
 
     def source(self, name: str, arguments: list[str]) -> bool:
         """Follow a file that the script sources, or starts with bash; one that is not here is noted."""
