@@ -41,7 +41,6 @@ class Script:
         arguments: of pretrain_gpt.py.
         line: where it is started.
         others: lines of further starts of it.
-        environment: variables set for it that its arguments do not say.
         directives: the scheduler's.
         reading: how the script was followed.
     """
@@ -58,12 +57,13 @@ class Script:
         return next((" ".join(one.values) for one in reversed(self.arguments) if one.flag == flag), None)
 
 
-def read_script(file: Path, given: tuple[str, ...] = ()) -> Script:
+def read_script(file: Path, given: tuple[str, ...] = (), variables: tuple[str, ...] = ()) -> Script:
     """Follow a script and find the trainer that it starts.
 
     Args:
         file: the script.
         given: its own arguments, $1 and on.
+        variables: NAME=VALUE, of the environment that it is started in.
 
     Raises:
         CptainError: it cannot be read (exit status 2), or starts no pretrain_gpt.py.
@@ -74,6 +74,11 @@ def read_script(file: Path, given: tuple[str, ...] = ()) -> Script:
     path = str(file.resolve())
     shell.variables.script, shell.variables.arguments = path, list(given)
     shell.variables.values.update({**directives.variables(), "BASH_SOURCE": [path]})
+    for one in variables:
+        name, equals, value = one.partition("=")
+        if not (equals and name.isidentifier()):
+            bad_usage(f"-v {one}: allowed: NAME=VALUE")
+        shell.variables.values[name] = value
     for name, content in directives.files().items():
         mark = f"/{name}"  # a name that no file of the script's has
         shell.variables.values[name[1:]] = mark

@@ -1,0 +1,231 @@
+"""What Megatron itself makes of two argument lists, the script's and cptain's, and why they differ.
+
+Both go through the parse_args and validate_args of the Megatron at hand, in a process of its own that answers for CUDA
+on the CPU; nothing is trained. A difference is explained by `cptain.shell_script.reasons`, through the arguments that
+set it, or by the short table here; what neither explains is said to be unexplained.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cptain.errors import CptainError
+from cptain.model.architecture import Architecture, read_architecture
+from cptain.run_file import RunFile
+from cptain.shell_script.mapping import Mapping
+from cptain.shell_script.reasons import reason
+from cptain.shell_script.trainer import Script
+from cptain.shell_script.values import shown
+from cptain.training import flags
+from cptain.training.layout import layout_of
+from cptain.training.start import Beginning
+
+_SECONDS = 300  # an import of Megatron takes 10; 60 where the disk is slow
+
+_OF_MODEL = "the model's config.json says it; positions are rotary, and this only bounds seq_length"
+_EXPLAINED = {
+    "max_position_embeddings": _OF_MODEL,
+    "make_vocab_size_divisible_by": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
+    "padded_vocab_size": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
+    "lr_decay_iters": "the same: Megatron's default is train_iters, which cptain says",
+    "kv_channels": "the same: Megatron computes it from the sizes that are given",
+    "num_query_groups": "Megatron's default without --num-query-groups; cptain says config.json's key and value heads",
+    "recompute_granularity": reason("--recompute-granularity") or "",
+    "use_rotary_position_embeddings": "the older name of --position-embedding-type rope",
+    "ckpt_convert_format": reason("--ckpt-convert-format") or "",
+    "data_parallel_size": "the GPUs of a job divided by a copy's",
+}
+
+_PARSE = """
+import json, sys
+given = json.loads(sys.stdin.read())
+sys.path[:0] = given["tree"]
+from cptain.megatron.importing import before_import, import_megatron
+before_import(cpu=True)
+import_megatron(cpu=True)
+import argparse
+from megatron.training import arguments
+
+def parser():
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    return arguments.add_megatron_arguments(made)
+
+flags = {flag: action.dest for action in parser()._actions for flag in action.option_strings}
+found = {"flags": flags}
+for name in ("script", "cptain"):
+    words, unknown, skipping = [], [], False
+    for word in given[name]:
+        if word.startswith("--"):
+            skipping = word not in flags
+            if skipping:
+                unknown.append(word)
+        if not skipping:
+            words.append(word)
+    sys.argv = ["pretrain_gpt.py", *words]
+    args = arguments.parse_args(ignore_unknown_args=False)
+    try:
+        args = arguments.validate_args(args, {}) or args
+        refused = ""
+    except (AssertionError, ValueError, RuntimeError) as error:
+        refused = f"{type(error).__name__}: {error}"
+    plain = {key: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for key, value in vars(args).items()}
+    found[name] = {"values": plain, "unknown": unknown, "refused": refused}
+print("\\n" + json.dumps(found))
+"""
+
+
+@dataclass
+class Difference:
+    """A value of Megatron's that the script and the run file give otherwise.
+
+    Attributes:
+        name: in the namespace.
+        script, ours: both values.
+        why: the explanation; "" where there is none.
+    """
+
+    name: str
+    script: Any
+    ours: Any
+    why: str
+
+
+@dataclass
+class Comparison:
+    """What came of it.
+
+    Attributes:
+        same: how many values are equal.
+        differences: the others.
+        unknown: arguments of the script that this Megatron does not have.
+        notes: what else is to be known.
+    """
+
+    same: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
+    """The model's, from its config.json where that is here; else as the script's arguments say it."""
+    folder = Path(run.model.hf)
+    if (folder / "config.json").is_file():
+        return read_architecture(folder), ""
+    given = {one.flag: one.values for one in script.arguments}
+    facts: dict[str, Any] = {}
+    for name, flag in (
+        ("num_layers", "--num-layers"),
+        ("hidden_size", "--hidden-size"),
+        ("num_attention_heads", "--num-attention-heads"),
+    ):
+        if flag not in given:
+            raise CptainError(f"the script gives no {flag}, and {run.model.hf} is not here")
+        facts[name] = int(given[flag][0])
+
+    def number(flag: str, default: float) -> float:
+        return float(given[flag][0]) if flag in given else default
+
+    heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
+    groups = int(number("--num-query-groups", 1 if "--group-query-attention" in given else heads))
+    architecture = Architecture(
+        **facts,
+        ffn_hidden_size=int(number("--ffn-hidden-size", 4 * hidden)),
+        num_query_groups=groups,
+        kv_channels=int(number("--kv-channels", hidden // heads)),
+        vocab_size=int(number("--vocab-size", 128_256)),
+        max_position_embeddings=int(number("--max-position-embeddings", run.train.seq_length)),
+        rotary_base=number("--rotary-base", 10_000),
+        rope_scaling_factor=number("--rope-scaling-factor", 8.0) if "--use-rope-scaling" in given else None,
+        norm_epsilon=number("--norm-epsilon", 1e-5),
+        tied_embeddings="--untie-embeddings-and-output-weights" not in given,
+        qkv_bias="--add-qkv-bias" in given,
+        qk_layernorm="--qk-layernorm" in given,
+    )
+    return architecture, f"{run.model.hf} is not here: its architecture is taken to be what the script's arguments say"
+
+
+def own_arguments(run: RunFile, architecture: Architecture, gpus: int) -> list[str]:
+    """The arguments that cptain train would give to Megatron for the first start of a run."""
+    here = run.model_copy(update={"model": run.model.model_copy(update={"hf": "/", "tokenizer": None})})
+    begins = Beginning(run.megatron_folder, None, [])
+    script = Path(flags.__file__).with_name("pretrain.py")
+    rows = flags.megatron_flags(
+        here,
+        architecture,
+        script=script,
+        steps=run.train.steps or 1,
+        begins=begins,
+        layout=layout_of(run, gpus),
+        cpu=False,
+    )
+    return [*(word for row in rows for word in row), *run.train.megatron_args]
+
+
+def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
+    """Put both argument lists through Megatron and compare what it makes of them.
+
+    Args:
+        mapping: the script's.
+        run: the run file that was made of it, loaded.
+        tree: a checkout of Megatron-LM in the place of the installed one.
+
+    Raises:
+        CptainError: it cannot be done here; says why.
+    """
+    script = mapping.script
+    architecture, note = _architecture(script, run)
+    gpus = (script.directives.nodes or 1) * (script.directives.gpus or 1)
+    gpus = max(gpus, run.parallel.least_gpus)
+    theirs = [shown(word) for one in script.arguments for word in (one.flag, *one.values)]
+    given = {
+        "tree": [str(tree.resolve())] if tree else [],
+        "script": theirs,
+        "cptain": own_arguments(run, architecture, gpus),
+    }
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(gpus),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    command = [sys.executable, "-c", _PARSE]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(given), capture_output=True, text=True, env=environment, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise CptainError(f"Megatron did not answer in {_SECONDS} s") from None
+    if done.returncode:
+        last = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()][-1:]
+        raise CptainError(f"Megatron's parser ended with status {done.returncode}: {''.join(last):.200}")
+    return _compared(json.loads(done.stdout.strip().splitlines()[-1]), note)
+
+
+def _compared(found: dict[str, Any], note: str) -> Comparison:
+    result = Comparison(unknown=found["script"]["unknown"], notes=[note] if note else [])
+    for name, who in (("script", "the script's"), ("cptain", "cptain's")):
+        if found[name]["refused"]:
+            result.notes.append(
+                f"Megatron refuses {who} arguments, and its values are as parsed: {found[name]['refused']:.200}"
+            )
+    theirs, ours = found["script"]["values"], found["cptain"]["values"]
+    for key in sorted({*theirs, *ours}):
+        left, right = theirs.get(key), ours.get(key)
+        if left == right:
+            result.same += 1
+            continue
+        result.differences.append(Difference(key, left, right, _why(key, found["flags"])))
+    return result
+
+
+def _why(key: str, flags_of: dict[str, str]) -> str:
+    if key in _EXPLAINED:
+        return _EXPLAINED[key]
+    names = [flag for flag, dest in flags_of.items() if dest == key]
+    return next((why for flag in names if (why := reason(flag))), "")
