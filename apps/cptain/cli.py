@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from cptain import __version__
-from cptain.cli_about_runs import doctor, plan_command, report, status
+from cptain.cli_about_runs import doctor, import_command, plan_command, report, status
 from cptain.errors import FAILED, RESUMABLE, CptainError, Interrupted, one_line
 from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option
 
@@ -340,6 +340,7 @@ def generate(model: Path, text: str, tokens: int, temperature: float, seed: int)
     click.echo(generate(model, text, tokens, temperature, seed))
 
 
+main.add_command(import_command)
 main.add_command(plan_command)
 
 

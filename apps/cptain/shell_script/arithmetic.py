@@ -5,12 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cptain.shell_script.quoting import Unread
-from cptain.shell_script.values import is_known, unknown
+from cptain.shell_script.values import is_known, shown, unknown
 
 _TOKEN = re.compile(
     r"\s*(0[xX][0-9a-fA-F]+|\d+#\w+|\d+|[A-Za-z_]\w*|\*\*|\+\+|--|<<=|>>=|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|\S)"
 )
-_LEVELS = (("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", ">", "<=", ">="), ("<<", ">>"), ("+", "-"), ("*", "/", "%"))  # fmt: skip
+_LEVELS = (
+    ("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", ">", "<=", ">="), ("<<", ">>"), ("+", "-"),
+    ("*", "/", "%"),
+)  # fmt: skip
 _BITS = 64
 
 
@@ -58,7 +61,7 @@ class _Evaluation:
     def value(self, name: str, depth: int = 0) -> int:
         text = self.get(name).strip()
         if not is_known(text):
-            raise _Unknown
+            raise _Unknown(f"{name} = {shown(text)}")
         if re.fullmatch(r"[A-Za-z_]\w*", text) and depth < 10:
             return self.value(text, depth + 1)
         return _number(text) if re.fullmatch(r"[-+]?\d\w*", text) else int(evaluate(text, self.get, self.assign) or 0)
@@ -159,8 +162,8 @@ def evaluate(expression: str, get: Callable[[str], str], assign: Callable[[str, 
         while evaluation.peek() == ",":
             evaluation.take()
             result = evaluation.expression()
-    except _Unknown:
-        return unknown(f"$(({expression.strip()}))")
+    except _Unknown as error:
+        return unknown(f"$(({expression.strip()})) with {error}")
     if evaluation.at < len(tokens):
         raise Unread(f"{expression.strip()[:60]!r} as arithmetic")
     return str(result)

@@ -8,22 +8,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cptain.shell_script.expansion import cut_at_blanks
+from cptain.shell_script.leave import Leave
 from cptain.shell_script.programs import printf
 from cptain.shell_script.quoting import Unread
-from cptain.shell_script.syntax import Assignment, Parser
+from cptain.shell_script.syntax import Parser
+from cptain.shell_script.tree import Assignment
 from cptain.shell_script.values import shown, unknown, unknowns
 
 if TYPE_CHECKING:
     from cptain.shell_script.shell import Shell
-
-
-class Leave(Exception):
-    """exit, return, break or continue."""
-
-    def __init__(self, how: str, count: int = 1) -> None:
-        super().__init__(how)
-        self.how, self.count = how, count
-
 
 Builtin = Callable[["Shell", list[str], "str | None", "list[Assignment]"], bool]
 
@@ -74,8 +67,8 @@ def _declare(shell: Shell, words: list[str], text: str | None, declared: list[As
         if "A" in options and one.words is not None:
             shell.variables.values[one.name] = {}
         shell.assign(one if "A" not in options or not one.words else _keyed(one))
-        if "i" in options and isinstance(value := shell.variables.values[one.name], str):
-            shell.variables.assign(one.name, shell.words.arithmetic(value))
+        if "i" in options and isinstance(text_of := shell.variables.values[one.name], str):
+            shell.variables.assign(one.name, shell.words.arithmetic(text_of))
     return True
 
 
@@ -205,11 +198,14 @@ def _getopts(shell: Shell, words: list[str], text: str | None, declared: list[As
     return False
 
 
+_WITHOUT_EFFECT = (
+    "pushd popd trap wait kill ulimit umask shopt alias unalias hash disown jobs bg fg type enable sleep sync"
+)
 BUILTINS: dict[str, Builtin] = {
     ":": _nothing, "true": _nothing, "false": _false, "echo": _echo, "printf": _printf, "test": _test, "[": _bracket,
     "unset": _unset, "set": _set, "shift": _shift, "eval": _eval, "source": _source, ".": _source, "read": _read,
     "mapfile": _mapfile, "readarray": _mapfile, "let": _let, "cd": _cd, "pwd": _pwd, "getopts": _getopts,
     **dict.fromkeys(("export", "local", "declare", "typeset", "readonly"), _declare),
     **{how: _leave(how) for how in ("exit", "return", "break", "continue")},
-    **dict.fromkeys(["pushd", "popd", "trap", "wait", "kill", "ulimit", "umask", "shopt", "alias", "unalias", "hash", "disown", "jobs", "bg", "fg", "type", "enable"], _nothing),
+    **dict.fromkeys(_WITHOUT_EFFECT.split(), _nothing),
 }  # fmt: skip

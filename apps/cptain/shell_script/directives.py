@@ -102,6 +102,7 @@ def _grid_engine(found: Directives, option: str) -> bool:
 
 def _pbs(found: Directives, option: str) -> bool:
     done = False
+    found.site = next((site for name, site in _SITES.items() if name in option), found.site)
     if match := re.search(r"-l\s+select=(\d+)(\S*)", option):
         found.nodes, done = int(match[1]), True
         if gpus := re.search(r"(?:mpiprocs|ngpus)=(\d+)", match[2]):
@@ -112,9 +113,8 @@ def _pbs(found: Directives, option: str) -> bool:
     for name, letter in (("group", "P"), ("group", "W group_list="), ("queue", "q")):
         if match := re.fullmatch(rf"-{letter}\s*(\S+)", option):
             setattr(found, name, match[1])
-            found.site = _SITES.get(match[1], found.site)
             return True
-    return done or bool(re.fullmatch(r"-[koejNv]\s+\S+.*", option))
+    return done or bool(re.fullmatch(r"-[koejNvmV]\s*.*", option))
 
 
 def _slurm(found: Directives, option: str) -> bool:

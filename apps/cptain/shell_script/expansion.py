@@ -6,78 +6,17 @@ matches no file but stands for every name that it could match.
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cptain.shell_script.arithmetic import evaluate
 from cptain.shell_script.quoting import Unread, end_of_bracket, end_of_part
 from cptain.shell_script.values import ANY, is_known, regex, shown, unknown, without_suffix
+from cptain.shell_script.variables import Variables
 
-Value = str | list[str] | dict[str, str]
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b"}
 _PARAMETER = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!-])")
 _OPERATION = re.compile(r"(:?[-=+?]|##?|%%?|//?|\^\^?|,,?|:|@)", re.DOTALL)
 _LITERAL, _EXPANDED, _QUOTED, _BREAK = "literal", "expanded", "quoted", "break"
-_LONGEST = 10_000_000  # characters of a value
-
-
-@dataclass
-class Variables:
-    """The variables of a script.
-
-    Attributes:
-        values: by name; a list is an array.
-        arguments: $1 and on.
-        script: $0.
-        status: $?.
-        outside: names that the script read without setting them.
-    """
-
-    values: dict[str, Value] = field(default_factory=dict)
-    arguments: list[str] = field(default_factory=list)
-    script: str = ""
-    status: int = 0
-    outside: set[str] = field(default_factory=set)
-
-    def get(self, name: str) -> str | None:
-        """A variable's text, an array's first; None where it is not set."""
-        if name.isdigit():
-            place = int(name)
-            if not place:
-                return self.script
-            return self.arguments[place - 1] if place <= len(self.arguments) else None
-        if name in "@*":
-            return " ".join(self.arguments)
-        special = {
-            "#": str(len(self.arguments)),
-            "?": str(self.status),
-            "$": unknown("$$"),
-            "!": unknown("$!"),
-            "-": "",
-        }
-        if name in special:
-            return special[name]
-        value = self.values.get(name)
-        if isinstance(value, list):
-            return value[0] if value else None
-        return value.get("0") if isinstance(value, dict) else value
-
-    def elements(self, name: str) -> list[str]:
-        """All of an array; a plain variable is an array of one."""
-        if name in ("@", "*"):
-            return list(self.arguments)
-        value = self.values.get(name)
-        if isinstance(value, dict):
-            return list(value.values())
-        return list(value) if isinstance(value, list) else [] if value is None else [value]
-
-    def assign(self, name: str, value: Value) -> None:
-        """Set one."""
-        if isinstance(value, str) and len(value) > _LONGEST:
-            raise Unread(f"{name} grows beyond {_LONGEST:,} characters")
-        if isinstance(value, str) and isinstance(kept := self.values.get(name), list):
-            kept[:1] = [value]
-            return
-        self.values[name] = value
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The command: a script to a run file, with all that it could not say."""
 
-import sys
 from pathlib import Path
 
 from cptain import atomic
@@ -57,16 +56,19 @@ def _mapped(mapping: Mapping) -> list[str]:
     script = mapping.script
     count = len(script.arguments) - len(mapping.left) - len(mapping.of_model) - len(mapping.passed)
     lines = [
-        f"{script.file}: line {script.line} starts pretrain_gpt.py with {len(script.arguments)} arguments: {count} are keys, "
-        f"{len(mapping.of_model)} are what the model's config.json says, {len(mapping.passed)} are passed through"
+        f"{script.file}: line {script.line} starts pretrain_gpt.py with {len(script.arguments)} arguments: "
+        f"{count} are keys, {len(mapping.of_model)} are what the model's config.json says, "
+        f"{len(mapping.passed)} are passed through"
     ]
     if script.others:
         more = ", ".join(map(str, script.others))
         lines.append(f"it starts pretrain_gpt.py again (line {more}): this is of the first start")
     lines += [f"read with it: {name}" for name in dict.fromkeys(script.reading.sourced)]
     lines += [f"taken for granted: {what}" for what in script.reading.assumed]
-    lines += [f"line {number}: {text}: not mapped: no key says it" for number, text in script.directives.unread.items()]
-    lines += [f"line {one.line}: {one}: not mapped: {why}" for one, why in mapping.left]
+    lines += [f"line {number}: {text}: no key says it" for number, text in script.directives.unread.items()]
+    lines += [
+        f"line {one.line}: {one}: no key: {why}" for one, why in sorted(mapping.left, key=lambda left: left[0].line)
+    ]
     return [*lines, *(f"OTHER THAN THE SCRIPT: {one}" for one in mapping.differs)]
 
 
@@ -88,12 +90,6 @@ def comparison_lines(found: Comparison) -> list[str]:
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"{one}: this Megatron has no such argument" for one in found.unknown]
     return lines + [
-        f"{one.name}: script {str(one.script):.60}, run file {str(one.ours):.60}: {one.why or 'unexplained'}"
+        f"{one.name}: script {one.script!s:.60}, run file {one.ours!s:.60}: {one.why or 'unexplained'}"
         for one in sorted(found.differences, key=lambda one: bool(one.why))
     ]
-
-
-def say(lines: list[str]) -> None:
-    """Print what is to be said, on stderr: stdout has the path alone."""
-    for line in lines:
-        print(line, file=sys.stderr)

@@ -99,7 +99,7 @@ def _split(mapping: Mapping, flag: str) -> None:
             mapping.differs.append("--valid-data-path: validation sets are text here: [[data.validation]]")
     elif given:
         parts = [part.strip() for part in given.replace("/", ",").split(",")]
-        mapping.put("data.split", ",".join((parts + ["0", "0"])[:3]), "", "--split")
+        mapping.put("data.split", ",".join([*parts, "0", "0"][:3]), "", "--split")
     else:
         mapping.put("data.split", _SPLIT, "Megatron's default, as the script says nothing")
 

@@ -11,11 +11,11 @@ from typing import Any
 from cptain.errors import CptainError
 from cptain.model.arguments import FACTS
 from cptain.shell_script.mapped_data import map_data
-from cptain.shell_script.reasons import reason
+from cptain.shell_script.reasons import CONVERTS, reason
 from cptain.shell_script.trainer import Argument, Script
 from cptain.shell_script.values import is_known, shown, unknowns
 from cptain.training.flags import keys_of_flags
-from cptain.training.megatron_args import refusal
+from cptain.training.megatron_args import Row, refusal
 
 # Megatron's own defaults, where they matter; tests/test_import_script.py compares them with the installed parser's.
 DEFAULTS = {
@@ -80,14 +80,14 @@ class Mapping:
         text = self.given(flag)
         if text is None:
             return None
-        return int(self._as_number(flag, text))
+        return int(self.as_number(flag, text))
 
     def number(self, flag: str) -> float | None:
         """An argument's value as a number."""
         text = self.given(flag)
-        return None if text is None else self._as_number(flag, text)
+        return None if text is None else self.as_number(flag, text)
 
-    def _as_number(self, flag: str, text: str) -> float:
+    def as_number(self, flag: str, text: str) -> float:
         try:
             return float(text)
         except ValueError:
@@ -109,6 +109,13 @@ def map_arguments(script: Script) -> Mapping:
     map_data(mapping)
     _wandb(mapping)
     _rest(mapping)
+    loaded, saved = script.value("--load"), script.value("--save")
+    if loaded is None or loaded == saved:
+        mapping.differs.append(
+            "the script begins with random weights, or with its own last checkpoint; this run begins with model.hf"
+        )
+    if converting := next((one for one in script.arguments if one.flag.startswith("--ckpt-convert")), None):
+        mapping.differs.append(f"{converting.flag}: {CONVERTS}; this is the run file of the training it belongs to")
     return mapping
 
 
@@ -222,7 +229,10 @@ def _plain_keys(mapping: Mapping) -> None:
             continue  # known on the cluster only: said in _rest
         if text is None and (text := DEFAULTS.get(flag)) is None:
             continue
-        value = mapping._as_number(flag, text)
+        value = mapping.as_number(flag, text)
+        if flag == "--eval-iters" and value < 1:
+            mapping.differs.append("--eval-iters 0: the script does not validate; here a validation is one batch")
+            value = 1
         note = "" if mapping.given(flag) is not None else "Megatron's default, as the script says nothing"
         mapping.put(key, int(value) if name.endswith(_WHOLE) or flag == "--eval-iters" else value, note, flag)
     if "train.save_interval" not in mapping.keys:
@@ -269,9 +279,13 @@ def _of_model() -> set[str]:
     return {fact.flag.removeprefix("!") for fact in FACTS if fact.flag}
 
 
+def _rows() -> list[Row]:
+    return [(key, flag) for flag, key in keys_of_flags().items()]
+
+
 def _rest(mapping: Mapping) -> None:
     """Every argument that is no key yet: of the model, left out with a reason, or passed through."""
-    of_model, rows = _of_model(), [(key, flag) for flag, key in keys_of_flags().items()]
+    of_model, rows = _of_model(), _rows()
     for argument in mapping.script.arguments:
         flag = argument.flag
         refused = refusal(flag, rows)

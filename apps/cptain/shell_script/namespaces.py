@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cptain.errors import CptainError
-from cptain.model.architecture import Architecture, read_architecture
+from cptain.model.architecture import Architecture, Mixture, read_architecture
+from cptain.model.arguments import FACTS
 from cptain.run_file import RunFile
 from cptain.shell_script.mapping import Mapping
 from cptain.shell_script.reasons import reason
@@ -32,8 +33,7 @@ _EXPLAINED = {
     "make_vocab_size_divisible_by": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
     "padded_vocab_size": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
     "lr_decay_iters": "the same: Megatron's default is train_iters, which cptain says",
-    "kv_channels": "the same: Megatron computes it from the sizes that are given",
-    "num_query_groups": "Megatron's default without --num-query-groups; cptain says config.json's key and value heads",
+    "inprocess_active_world_size": "the number of processes, by mpirun's variable or by torchrun's",
     "recompute_granularity": reason("--recompute-granularity") or "",
     "use_rotary_position_embeddings": "the older name of --position-embedding-type rope",
     "ckpt_convert_format": reason("--ckpt-convert-format") or "",
@@ -72,7 +72,8 @@ for name in ("script", "cptain"):
         refused = ""
     except (AssertionError, ValueError, RuntimeError) as error:
         refused = f"{type(error).__name__}: {error}"
-    plain = {key: value if isinstance(value, (bool, int, float, str, type(None))) else str(value) for key, value in vars(args).items()}
+    simple = (bool, int, float, str, type(None))
+    plain = {key: value if isinstance(value, simple) else str(value) for key, value in vars(args).items()}
     found[name] = {"values": plain, "unknown": unknown, "refused": refused}
 print("\\n" + json.dumps(found))
 """
@@ -132,6 +133,12 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
 
     heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
     groups = int(number("--num-query-groups", 1 if "--group-query-attention" in given else heads))
+    experts = int(number("--num-experts", 0))
+    names = ("", "", "", "")  # of Hugging Face's tensors, which no argument says
+    normalized = "--moe-router-pre-softmax" not in given
+    mixture = Mixture(
+        experts, int(number("--moe-router-topk", 2)), normalized, number("--moe-aux-loss-coeff", 0), names
+    )
     architecture = Architecture(
         **facts,
         ffn_hidden_size=int(number("--ffn-hidden-size", 4 * hidden)),
@@ -145,6 +152,7 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
         tied_embeddings="--untie-embeddings-and-output-weights" not in given,
         qkv_bias="--add-qkv-bias" in given,
         qk_layernorm="--qk-layernorm" in given,
+        mixture=mixture if experts else None,
     )
     return architecture, f"{run.model.hf} is not here: its architecture is taken to be what the script's arguments say"
 
@@ -207,6 +215,12 @@ def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
     return _compared(json.loads(done.stdout.strip().splitlines()[-1]), note)
 
 
+def _mpi(gpus: int) -> dict[str, str]:
+    """What a fork with --use-mpi reads in the place of torchrun's variables."""
+    ranks = dict.fromkeys(("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), "0")
+    return {**ranks, "OMPI_COMM_WORLD_SIZE": str(gpus)}
+
+
 def _compared(found: dict[str, Any], note: str) -> Comparison:
     result = Comparison(unknown=found["script"]["unknown"], notes=[note] if note else [])
     for name, who in (("script", "the script's"), ("cptain", "cptain's")):
@@ -220,12 +234,17 @@ def _compared(found: dict[str, Any], note: str) -> Comparison:
         if left == right:
             result.same += 1
             continue
-        result.differences.append(Difference(key, left, right, _why(key, found["flags"])))
+        result.differences.append(Difference(key, left, right, _why(key, found["flags"], theirs)))
     return result
 
 
-def _why(key: str, flags_of: dict[str, str]) -> str:
+_OF_CHECKPOINT = {name for fact in FACTS for name in fact.saved}
+
+
+def _why(key: str, flags_of: dict[str, str], theirs: dict[str, Any]) -> str:
     if key in _EXPLAINED:
         return _EXPLAINED[key]
+    if key in _OF_CHECKPOINT and theirs.get("use_checkpoint_args"):
+        return "the script takes it from its checkpoint (--use-checkpoint-args), and cptain from config.json"
     names = [flag for flag, dest in flags_of.items() if dest == key]
     return next((why for flag in names if (why := reason(flag))), "")

@@ -3,6 +3,7 @@
 The output of any other is known on the cluster only.
 """
 
+import ast
 import os
 import re
 from collections.abc import Callable
@@ -80,28 +81,62 @@ def _uniq(arguments: list[str], text: str) -> str | None:
 def _tr(arguments: list[str], text: str) -> str | None:
     if len(arguments) == 2 and arguments[0] == "-d" and len(arguments[1]) == 1:
         return text.replace(arguments[1], "")
-    plain = len(arguments) == 2 and all(len(one.replace("\\n", "\n")) == 1 for one in arguments)
-    return text.replace(*(one.replace("\\n", "\n") for one in arguments)) if plain else None
+    one, other = [part.replace("\\n", "\n") for part in arguments] if len(arguments) == 2 else ("", "")
+    return text.replace(one, other) if len(one) == len(other) == 1 else None
 
 
 def _cut(arguments: list[str], text: str) -> str | None:
     match = re.fullmatch(r"-d ?(.) -f ?(\d+)", " ".join(arguments)) or re.fullmatch(r"()-f ?(\d+)", " ".join(arguments))
     if not match or not int(match[2]):
         return None
-    rows = [(line, line.split(match[1] or "\t")) for line in text.splitlines()]
-    return "".join((line if len(row) == 1 else "".join(row[int(match[2]) - 1 : int(match[2])])) + "\n" for line, row in rows)  # fmt: skip
+    separator, place = match[1] or "\t", int(match[2]) - 1
+    rows = [line.split(separator) for line in text.splitlines()]
+    return "".join((row[0] if len(row) == 1 else "".join(row[place : place + 1])) + "\n" for row in rows)
 
 
 def _awk(arguments: list[str], text: str) -> str | None:
-    match = re.fullmatch(r"\s*\{\s*print \$(\d+);?\s*\}\s*", arguments[0]) if len(arguments) == 1 else None
+    program = arguments[0] if len(arguments) == 1 else ""
+    if match := re.fullmatch(r"\s*BEGIN\s*\{\s*print (.+?);?\s*\}\s*", program):
+        computed = _computed(match[1])
+        return None if computed is None else f"{computed:.6g}\n" if computed % 1 else f"{computed:.0f}\n"
+    match = re.fullmatch(r"\s*\{\s*print \$(\d+);?\s*\}\s*", program)
     if not match or not int(match[1]):
         return None
     return "".join("".join(line.split()[int(match[1]) - 1 : int(match[1])]) + "\n" for line in text.splitlines())
 
 
+def _bc(arguments: list[str], text: str) -> str | None:
+    """Whole numbers alone, and no division: how many digits bc keeps of that depends on more than its operands."""
+    if arguments not in ([], ["-l"]) or not re.fullmatch(r"[\d\s+*()-]+", text):
+        return None
+    computed = _computed(text.strip())
+    return None if computed is None else f"{computed:.0f}\n"
+
+
+def _computed(expression: str) -> float | None:
+    """The value of + - * / ( ) and int() on numbers."""
+    try:
+        return _value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError):
+        return None
+
+
+def _value(node: ast.expr) -> float:
+    operators = {ast.Add: float.__add__, ast.Sub: float.__sub__, ast.Mult: float.__mul__, ast.Div: float.__truediv__}
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return float(node.value)  # type: ignore[arg-type]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and (operator := operators.get(type(node.op))):
+        return operator(_value(node.left), _value(node.right))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "int" and len(node.args) == 1:
+        return float(int(_value(node.args[0])))
+    raise ValueError(ast.dump(node))
+
+
 _PROGRAMS: dict[str, Program] = {
     "basename": _basename, "dirname": _dirname, "cat": _cat, "wc": _wc, "seq": _seq, "head": _head, "tail": _tail,
-    "sort": _sort, "uniq": _uniq, "tr": _tr, "cut": _cut, "awk": _awk,
+    "sort": _sort, "uniq": _uniq, "tr": _tr, "cut": _cut, "awk": _awk, "bc": _bc,
     "realpath": _realpath, "readlink": _readlink,
 }  # fmt: skip
 _OF_FILE = {"cat", "wc", "head", "tail", "sort", "uniq"}  # the last argument may be a file, in the place of the input
@@ -124,7 +159,11 @@ def output(words: list[str], text: str | None, read: Callable[[str], str | None]
     if (program := _PROGRAMS.get(name)) is None or not is_known(whole):
         return unknown(f"$({shown(whole)})") + "\n"
     if text is None or not is_known(text):
-        reads_nothing = name in ("basename", "dirname", "seq", "realpath", "readlink")
+        reads_nothing = (
+            name in ("basename", "dirname", "seq", "realpath", "readlink")
+            or words[1:2]
+            and (name == "awk" and words[1].strip().startswith("BEGIN"))
+        )
         if not reads_nothing:
             return (text if text and name == "cat" and not arguments else unknown(f"$(… | {shown(whole)})")) + ""
     computed = program(arguments, text or "")

@@ -1,4 +1,4 @@
-"""Why an argument of a script has no key in the run file: the one table, for the mapping and for what differs after it."""
+"""Why an argument of a script has no key in the run file: one table, for the mapping and for what differs after it."""
 
 from fnmatch import fnmatchcase
 
@@ -20,13 +20,13 @@ _REASONS = {
         --auto-detect-ckpt-format --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler
     """,
     "checkpoints lie in the run's folder, as torch_dist": """
-        --save --ckpt-format --dist-ckpt-format --use-dist-ckpt --ckpt-fully-parallel-save --ckpt-assume-constant-structure
-        --dist-ckpt-optim-fully-reshardable
+        --save --ckpt-format --dist-ckpt-format --use-dist-ckpt --ckpt-fully-parallel-save
+        --ckpt-assume-constant-structure --dist-ckpt-optim-fully-reshardable
     """,
     "cptain logs every step, to logs/metrics.jsonl, TensorBoard and W&B": """
         --log-interval --log-throughput --log-progress --log-params-norm --log-num-zeros-in-grad --log-timers-*
         --log-memory-* --log-validation-* --log-world-size-* --log-learning-rate-* --log-loss-scale-* --log-batch-size-*
-        --no-log-* --tensorboard-* --timing-log-* --wandb-save-dir --wandb-exp-name --wandb-id --one-logger-*
+        --no-log-* --tensorboard-* --timing-log-* --wandb-save-dir --wandb-id --one-logger-*
         --enable-one-logger --logging-level --log-params-norm --eval-micro-batch-size
     """,
     "torchrun starts one process a GPU, on every node": """
@@ -57,6 +57,9 @@ _REASONS = {
         --exit-signal-handler --exit-duration-in-mins --exit-interval --exit-signal
     """,
     "the index files of the data sets lie in the run's folder": "--data-cache-path",
+    "cptain itself sends W&B the numbers, by wandb.project and the run's name": """
+        --wandb-project --wandb-entity --wandb-exp-name
+    """,
     "data.tokenized and data.mix say it": """
         --data-path --data-args-path --train-data-path --valid-data-path --test-data-path --per-split-data-args-path
     """,

@@ -22,12 +22,15 @@ _ALWAYS = {
 }  # fmt: skip
 _SECTIONS: dict[str, type[Section]] = {"data": Data, "parallel": Parallel, "train": Train, "jobs": Jobs}
 _WIDTH = 118
+_GENERIC = ("train", "run", "job", "submit", "pretrain", "sbatch_train", "qsub_train")
 
 
 def value(thing: Any) -> str:
     """A value in TOML."""
     if isinstance(thing, bool):
         return str(thing).lower()
+    if isinstance(thing, float) and thing >= 1e4 and thing == int(thing):
+        return str(int(thing))
     if isinstance(thing, float):
         short = re.sub(r"e([+-])0*", lambda match: "e" + match[1].replace("+", ""), repr(thing))
         return short if thing != int(thing) or "e" in short else repr(thing)
@@ -37,9 +40,10 @@ def value(thing: Any) -> str:
 
 
 def run_name(mapping: Mapping) -> str:
-    """The run's name: the one that the script has for W&B, or the script's own; never the folder of its checkpoints."""
-    called = mapping.script.value("--wandb-exp-name") or ""
-    name = called if called and is_known(called) else mapping.script.file.stem
+    """The run's name: the script's file name, with its folder's where that says nothing; never that of the folder that
+    the script saves in, which would then hold two kinds of checkpoints."""
+    stem = mapping.script.file.resolve().with_suffix("")
+    name = f"{stem.parent.name}-{stem.name}" if stem.name in _GENERIC else stem.name
     name = re.sub(r"[^\w .,+=@-]", "-", name).lstrip(" .,+=@-") or "imported"
     saved = (mapping.script.value("--save") or "").rstrip("/").rpartition("/")[2]
     return (name + "-cptain" if name == saved else name)[:200]
@@ -63,11 +67,12 @@ def put_jobs(mapping: Mapping) -> None:
     elif site and site.needs_group:
         mapping.notes["jobs.site"] = "it asks for a group, which the script does not say: jobs.group"
     if directives.nodes:
-        mapping.put("jobs.nodes", directives.nodes)
+        converts = any(one.flag.startswith("--ckpt-convert") for one in script.arguments)
+        mapping.put("jobs.nodes", directives.nodes, "of the conversion, not of the training" if converts else "")
     if directives.walltime:
         longest = site.max_walltime if site else None
         if longest and seconds(directives.walltime) > seconds(longest):
-            note = f"the script asks for {directives.walltime}; the site ends jobs then, and the next one of the chain goes on"
+            note = f"the script asks for {directives.walltime}, and the site allows this; the jobs of a run are a chain"
             mapping.put("jobs.walltime", longest, note)
         else:
             mapping.put("jobs.walltime", directives.walltime)
@@ -88,7 +93,9 @@ def _kept(mapping: Mapping, section: str) -> list[tuple[str, str, str]]:
         if thing == _default(section, key) and key not in _ALWAYS.get(section, ()):
             continue
         rows.append((key, value(thing), mapping.notes.get(dotted, "")))
-    return rows
+    table = _SECTIONS.get(section)
+    order = list(table.by_key()) if table else []
+    return sorted(rows, key=lambda row: order.index(row[0]) if row[0] in order else -1)
 
 
 def _comment(text: str) -> list[str]:

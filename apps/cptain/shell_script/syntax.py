@@ -6,129 +6,29 @@ by line, and never passed over: a construction that was skipped would be a train
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, field
 
 from cptain.shell_script.quoting import Unread, end_of_bracket, end_of_part
+from cptain.shell_script.tree import (
+    Arithmetic,
+    Assignment,
+    Case,
+    Chain,
+    For,
+    Function,
+    Group,
+    If,
+    Loop,
+    Node,
+    Pipeline,
+    Redirect,
+    Simple,
+    Test,
+)
 
 _NAME = r"[A-Za-z_]\w*"
 _ASSIGNS = re.compile(rf"({_NAME})(?:\[([^\]]*)\])?(\+?)=")
 _ENDS_WORD = " \t\n;|&<>()"
 _REDIRECT = re.compile(r"(\d*|\{\w+\})(<<<|<<-|<<|<>|<&|>&|>>|>\||<|>|&>>|&>)")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """NAME=word, NAME[index]+=word, or NAME=(words)."""
-
-    name: str
-    index: str | None
-    adds: bool
-    word: str
-    words: list[str] | None = None
-
-
-@dataclass
-class Redirect:
-    """What a command reads, or where it writes: `word` is a file, or the text itself of << and <<<."""
-
-    operator: str
-    word: str
-    literal: bool = False
-
-
-@dataclass
-class Node:
-    """A command; `line` is its line in the script, from 1."""
-
-    line: int
-    redirects: list[Redirect] = field(default_factory=list)
-
-
-@dataclass
-class Simple(Node):
-    """Assignments, and a command with its arguments."""
-
-    assignments: list[Assignment] = field(default_factory=list)
-    words: list[str | Assignment] = field(default_factory=list)
-
-
-@dataclass
-class Pipeline(Node):
-    """Commands joined by |; `negated`: it begins with !."""
-
-    commands: list[Node] = field(default_factory=list)
-    negated: bool = False
-
-
-@dataclass
-class Chain(Node):
-    """Pipelines, each with what joins it to the one before: "&&", "||", or ";"."""
-
-    parts: list[tuple[str, Node]] = field(default_factory=list)
-
-
-@dataclass
-class If(Node):
-    """Conditions with their bodies, the last without one where there is an else."""
-
-    branches: list[tuple[Node | None, Node]] = field(default_factory=list)
-
-
-@dataclass
-class For(Node):
-    """for NAME in words; None: the script's own arguments."""
-
-    name: str = ""
-    words: list[str] | None = None
-    body: Node | None = None
-
-
-@dataclass
-class Loop(Node):
-    """while, until (`until`), and for ((…)), whose three expressions are `counted`."""
-
-    condition: Node | None = None
-    body: Node | None = None
-    until: bool = False
-    counted: tuple[str, str, str] | None = None
-
-
-@dataclass
-class Case(Node):
-    """case word in patterns) body ;; …"""
-
-    word: str = ""
-    branches: list[tuple[list[str], Node]] = field(default_factory=list)
-
-
-@dataclass
-class Function(Node):
-    """A function's definition."""
-
-    name: str = ""
-    body: Node | None = None
-
-
-@dataclass
-class Group(Node):
-    """{ …; }, or ( … ), whose variables are its own (`apart`)."""
-
-    body: Node | None = None
-    apart: bool = False
-
-
-@dataclass
-class Test(Node):
-    """[[ … ]]: its words, with &&, ||, (, ) and ! among them."""
-
-    words: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Arithmetic(Node):
-    """(( … ))."""
-
-    expression: str = ""
 
 
 class Parser:
@@ -328,7 +228,8 @@ class Parser:
             if len(parts) != 3:
                 raise Unread("for (( without its three parts")
             return Loop(line, body=self._body(), counted=(parts[0], parts[1], parts[2]))
-        name, words = self._word(), None
+        name = self._word()
+        words: list[str] | None = None
         self._blank(newlines=True)
         if self._peek() == "in":
             self._word()
@@ -439,7 +340,7 @@ class Parser:
 
     def _array(self) -> list[str]:
         self._at += 1
-        words = []
+        words: list[str] = []
         while True:
             self._blank(newlines=True)
             if self._starts_with(")"):
@@ -470,7 +371,7 @@ class Parser:
             if self._text[self._at] in "\n;|&)":  # and no redirection, which <( and >( are not
                 break
             if (not node.words or declares) and (assignment := self._assignment()):
-                (node.words if declares else node.assignments).append(assignment)  # type: ignore[attr-defined]
+                (node.words if declares else node.assignments).append(assignment)
                 continue
             node.words.append(self._word())
             declares = declares or node.words[0] in ("export", "local", "declare", "typeset", "readonly")

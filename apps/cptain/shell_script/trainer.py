@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cptain.errors import CptainError, bad_usage
+from cptain.shell_script.control import Reading
 from cptain.shell_script.directives import Directives, read_directives
 from cptain.shell_script.quoting import Unread
-from cptain.shell_script.shell import Reading, Shell
+from cptain.shell_script.shell import Shell
 from cptain.shell_script.values import MARKS, shown
 
 TRAINER = "pretrain_gpt.py"
