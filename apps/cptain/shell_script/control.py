@@ -70,6 +70,7 @@ class Control:
         line: the script's line that is followed now.
         nested: how deep in text that is not the script's own, whose lines do not count.
         unsure: the last condition's answer is a guess.
+        program: the program whose success that is.
         lines: what is left of the input of the loop that `read` reads.
     """
 
@@ -83,6 +84,7 @@ class Control:
     line: int = 0
     nested: int = 0
     unsure: bool = False
+    program: str = ""
     lines: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -94,9 +96,9 @@ class Control:
         Raises:
             Unread: what cptain cannot read, with its line.
         """
-        tree = Parser(text).parse()
         try:
-            self.run(tree, None)
+            self.variables.note_assigned(text)
+            self.run(Parser(text).parse(), None)
         except Leave:
             pass
         except Unread as error:
@@ -104,7 +106,7 @@ class Control:
                 raise
             raise Unread(f"line {self.line}: cptain cannot read this: {error}") from None
         except RecursionError:
-            raise Unread(f"line {self.line}: functions call one another without end") from None
+            raise Unread(f"line {max(1, self.line)}: commands in one another without end") from None
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -137,7 +139,7 @@ class Control:
         values: dict[str, Value] = {
             name: value if isinstance(value, str) else value.copy() for name, value in self.variables.values.items()
         }
-        variables = Variables(values, list(self.variables.arguments), self.variables.script, 0, self.variables.outside)
+        variables = replace(self.variables, values=values, arguments=list(self.variables.arguments), status=0)
         reading = replace(self.reading, printed=[])
         shell = type(self)(
             self.folder, self.files, self.programs, variables, dict(self.functions), reading, self.depth + 1
@@ -196,21 +198,25 @@ class Control:
     def _pipeline(self, node: tree.Pipeline, text: str | None) -> bool:
         done = True
         for place, command in enumerate(node.commands):
-            if place == len(node.commands) - 1:
-                done = self.run(command, text)
-                break
-            inner = self.apart()
-            with suppress(Leave):
-                inner.run(command, text)
+            inner = self.apart()  # each has variables of its own, the last too
+            try:
+                done = inner.run(command, text)
+            except Leave:
+                done = not inner.variables.status
             text = "".join(inner.reading.printed)
+            if place == len(node.commands) - 1:
+                self.reading.printed.append(text)
+                self.unsure, self.program = inner.unsure, inner.program
         return done != node.negated
 
     def _if(self, node: tree.If, text: str | None) -> bool:
         guessed = False
         for condition, body in node.branches:
-            self.unsure = False
+            self.unsure, self.program = False, ""
             chosen = condition is None or self.run(condition, text)
             guessed = guessed or self.unsure
+            if self.program:
+                self.assume(f"that {self.program:.80} succeeds")
             self.unsure = False
             if not chosen:
                 continue

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from cptain.shell_script.arithmetic import evaluate
 from cptain.shell_script.quoting import Unread, end_of_bracket, end_of_part
-from cptain.shell_script.values import ANY, is_known, regex, shown, unknown, without_suffix
+from cptain.shell_script.values import ANY, is_known, literal, regex, shown, unknown, without_suffix
 from cptain.shell_script.variables import Variables
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b"}
 _PARAMETER = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!-])")
 _OPERATION = re.compile(r"(:?[-=+?]|##?|%%?|//?|\^\^?|,,?|:|@)", re.DOTALL)
+_LONGEST_TRIMMED = 10_000  # characters; a search for each place where a pattern may begin takes their square
+_MOST_WORDS = 100_000
 _LITERAL, _EXPANDED, _QUOTED, _BREAK = "literal", "expanded", "quoted", "break"
 
 
@@ -62,11 +64,18 @@ class Expansion:
 
         return evaluate(self.here_document(expression).replace('"', ""), get, self.variables.assign)
 
+    def integer(self, expression: str) -> int:
+        """The value of an expression, which must be known here."""
+        value = self.arithmetic(expression)
+        if not is_known(value):
+            raise Unread(f"{shown(value)}: known on the cluster only")
+        return int(value)
+
     def _outside(self, name: str, value: str | None) -> str:
         """A variable's value; one that the script does not set is the cluster's, or empty where it is lower case."""
         if value is not None:
             return value
-        if re.fullmatch(r"[A-Z][A-Z0-9_]+", name):
+        if re.fullmatch(r"[A-Z][A-Z0-9_]+", name) and name not in self.variables.assigned:
             self.variables.outside.add(name)
             return unknown(f"${name}")
         return ""
@@ -223,18 +232,15 @@ class Expansion:
         value = self.variables.values.get(name)
         if isinstance(value, dict):
             return value.get(self.text(index))
-        place = self.arithmetic(index)
-        if not is_known(place):
-            return unknown(f"${{{name}[{shown(place)}]}}")
-        elements, number = self.variables.elements(name), int(place)
+        elements, number = self.variables.elements(name), self.integer(index)
         return elements[number] if -len(elements) <= number < len(elements) else None
 
     def _slice(self, whole: list[str] | str, rest: str) -> list[str]:
         first, colon, count = rest.partition(":")
-        begin = int(self.arithmetic(first) or 0)
+        begin = self.integer(first)
         stop = None
         if colon:
-            number = int(self.arithmetic(count))
+            number = self.integer(count)
             stop = len(whole) + number if number < 0 else (begin if begin >= 0 else len(whole) + begin) + number
         return list(whole[begin:stop])
 
@@ -314,6 +320,8 @@ def cut_at_blanks(text: str, ifs: str | None) -> list[str]:
 
 def _trimmed(value: str, operator: str, pattern: str) -> str:
     """${value#pattern} and its like: the shortest part (one sign) or the longest (two) that matches."""
+    if len(value) > _LONGEST_TRIMMED and literal(pattern) is None:
+        raise Unread(f"a pattern on a value of {len(value):,} characters")
     if operator.startswith("%"):
         if (cut := without_suffix(value, pattern)) is not None:
             return cut
@@ -348,7 +356,10 @@ def _braces(word: str) -> list[str]:
                 choices = [str(number).zfill(width) for number in range(first, last + step, step)]
             else:
                 choices = match[1].split(",") if "," in match[1] else []
+            rest_of_words = _braces(word[match.end() :]) if choices else []
+            if len(choices) * len(rest_of_words) > _MOST_WORDS:
+                raise Unread(f"{{{match[1]}}}: too many words")
             if choices:
-                return [word[:at] + one + rest for one in choices for rest in _braces(word[match.end() :])]
+                return [word[:at] + one + rest for one in choices for rest in rest_of_words]
         at = end_of_part(word, at)
     return [word]

@@ -20,7 +20,7 @@ from cptain.run_file import RunFile
 from cptain.shell_script.mapping import Mapping
 from cptain.shell_script.reasons import reason
 from cptain.shell_script.trainer import Script
-from cptain.shell_script.values import shown
+from cptain.shell_script.values import is_known, shown
 from cptain.training import flags
 from cptain.training.layout import layout_of
 from cptain.training.start import Beginning
@@ -117,7 +117,7 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
     folder = Path(run.model.hf)
     if (folder / "config.json").is_file():
         return read_architecture(folder), ""
-    given = {one.flag: one.values for one in script.arguments}
+    given = {one.flag: one.values for one in script.arguments if all(map(is_known, one.values))}
     facts: dict[str, Any] = {}
     for name, flag in (
         ("num_layers", "--num-layers"),
@@ -231,7 +231,7 @@ def _compared(found: dict[str, Any], note: str) -> Comparison:
     theirs, ours = found["script"]["values"], found["cptain"]["values"]
     for key in sorted({*theirs, *ours}):
         left, right = theirs.get(key), ours.get(key)
-        if left == right:
+        if left == right or (isinstance(left, str) and left.replace(" ", "") == right):
             result.same += 1
             continue
         result.differences.append(Difference(key, left, right, _why(key, found["flags"], theirs)))

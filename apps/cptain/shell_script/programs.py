@@ -139,6 +139,7 @@ _PROGRAMS: dict[str, Program] = {
     "sort": _sort, "uniq": _uniq, "tr": _tr, "cut": _cut, "awk": _awk, "bc": _bc,
     "realpath": _realpath, "readlink": _readlink,
 }  # fmt: skip
+_WITHOUT_INPUT = {"basename", "dirname", "seq", "realpath", "readlink"}
 _OF_FILE = {"cat", "wc", "head", "tail", "sort", "uniq"}  # the last argument may be a file, in the place of the input
 
 
@@ -159,11 +160,7 @@ def output(words: list[str], text: str | None, read: Callable[[str], str | None]
     if (program := _PROGRAMS.get(name)) is None or not is_known(whole):
         return unknown(f"$({shown(whole)})") + "\n"
     if text is None or not is_known(text):
-        reads_nothing = (
-            name in ("basename", "dirname", "seq", "realpath", "readlink")
-            or words[1:2]
-            and (name == "awk" and words[1].strip().startswith("BEGIN"))
-        )
+        reads_nothing = name in _WITHOUT_INPUT or (name == "awk" and "BEGIN" in whole)
         if not reads_nothing:
             return (text if text and name == "cat" and not arguments else unknown(f"$(… | {shown(whole)})")) + ""
     computed = program(arguments, text or "")
@@ -173,7 +170,7 @@ def output(words: list[str], text: str | None, read: Callable[[str], str | None]
 def printf(arguments: list[str]) -> str | None:
     """What printf prints; None for a format that is not known here."""
     form, rest = arguments[0].replace("\\n", "\n").replace("\\t", "\t"), arguments[1:]
-    parts = re.split(r"(%%|%0?\d*[sd])", form)
+    parts = re.split(r"(%%|%0?\d{0,3}[sd])", form)
     if "%" in "".join(parts[::2]):
         return None
     takes = sum(part != "%%" for part in parts[1::2])

@@ -28,20 +28,21 @@ class Shell(Control):
         """An assignment of the script."""
         variables = self.variables
         if one.words is not None:
-            added = self._array(one.words, variables.values.get(one.name) if one.adds else None)
-            variables.values[one.name] = added
+            kept = variables.values.get(one.name) if one.adds else None
+            variables.values.pop(one.name, None) if not one.adds else None
+            variables.assign(one.name, self._array(one.words, kept))
             return
         value = self.words.text(one.word)
         if one.index is not None:
-            kept = variables.values.get(one.name)
-            if isinstance(kept, dict):
+            table = variables.values.get(one.name)
+            if isinstance(table, dict):
                 key = self.words.text(one.index)
-                kept[key] = kept.get(key, "") + value if one.adds else value
+                table[key] = table.get(key, "") + value if one.adds else value
                 return
-            elements, place = variables.elements(one.name), int(self.words.arithmetic(one.index))
-            if not -len(elements) <= place <= 100_000:
-                raise Unread(f"{one.name}[{place}]")
-            elements += [""] * (place + 1 - len(elements))
+            elements, place = variables.elements(one.name), self.words.integer(one.index)
+            if not -len(elements) <= place <= len(elements):
+                raise Unread(f"{one.name}[{place}] of an array of {len(elements)}: gaps are not read")
+            elements += [""] * (place == len(elements))
             elements[place] = elements[place] + value if one.adds else value
             variables.values[one.name] = elements
             return
@@ -102,6 +103,7 @@ class Shell(Control):
             return self.call(words[1:], text)
         self.reading.started.append(Started(self.line, words))
         self._inner_script(words)
+        self.unsure, self.program = True, shown(" ".join(words))  # whether it succeeds
         if (known := self.programs.get(" ".join(words))) is not None:
             self.reading.printed.append(known)
         else:
@@ -141,6 +143,7 @@ class Shell(Control):
         self.reading.sourced.append(name)
         try:
             with self.elsewhere():
+                self.variables.note_assigned(content)
                 self.run(Parser(content).parse(), None)
         except Leave as leave:
             if leave.how != "return":

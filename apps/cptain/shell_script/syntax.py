@@ -204,7 +204,10 @@ class Parser:
             condition = self._list(("then",))
             self._expect("then")
             node.branches.append((condition, self._list(("elif", "else", "fi"))))
-            if (word := self._word()) == "else":
+            if (word := self._peek()) not in ("elif", "else", "fi"):
+                raise Unread("fi is missing")
+            self._word()
+            if word == "else":
                 node.branches.append((None, self._list(("fi",))))
                 self._expect("fi")
                 return node

@@ -7,6 +7,9 @@ them. The marks are characters that no text has (of Unicode's private use).
 
 import re
 
+from cptain.shell_script.quoting import Unread
+
+_MOST_STARS = 4
 ANY = "\ue000"  # what a * of a glob matches
 _BEGIN, _END = "\ue001", "\ue002"
 _MARK = re.compile(f"{_BEGIN}([^{_END}]*){_END}")
@@ -33,9 +36,15 @@ def unknowns(value: str) -> list[str]:
     return _MARK.findall(value)
 
 
-def regex(pattern: str, greedy: bool = True) -> str:
-    """A shell pattern as a regular expression; a backslash makes the next character a plain one."""
-    star, result, at = ".*" if greedy else ".*?", "", 0
+def regex(pattern: str) -> str:
+    """A shell pattern as a regular expression; a backslash makes the next character a plain one.
+
+    Raises:
+        Unread: a pattern of so many * that a search with it takes no end.
+    """
+    if pattern.count("*") > _MOST_STARS:
+        raise Unread(f"the pattern {pattern[:40]!r}")
+    result, at = "", 0
     while at < len(pattern):
         one = pattern[at]
         at += 1
@@ -43,7 +52,7 @@ def regex(pattern: str, greedy: bool = True) -> str:
             result += re.escape(pattern[at])
             at += 1
         elif one == "*":
-            result += star
+            result += ".*"
         elif one == "?":
             result += "."
         elif one == "[" and (end := pattern.find("]", at + 1)) > 0:

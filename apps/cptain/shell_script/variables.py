@@ -1,11 +1,14 @@
 """The variables of a shell script."""
 
+import re
 from dataclasses import dataclass, field
 
 from cptain.shell_script.quoting import Unread
 from cptain.shell_script.values import unknown
 
 Value = str | list[str] | dict[str, str]
+_ASSIGNED = re.compile(r"(?:^|[\s;(&|{])([A-Za-z_]\w*)\+?=", re.MULTILINE)
+_MOST = 100_000  # elements of an array
 _LONGEST = 10_000_000  # characters of a value
 
 
@@ -19,6 +22,7 @@ class Variables:
         script: $0.
         status: $?.
         outside: names that the script read without setting them.
+        assigned: names that it sets somewhere.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -26,6 +30,11 @@ class Variables:
     script: str = ""
     status: int = 0
     outside: set[str] = field(default_factory=set)
+    assigned: set[str] = field(default_factory=set)
+
+    def note_assigned(self, text: str) -> None:
+        """Names that a text assigns anywhere: where they are not set yet they are empty, and not the cluster's."""
+        self.assigned |= set(_ASSIGNED.findall(text))
 
     def get(self, name: str) -> str | None:
         """A variable's text, an array's first; None where it is not set."""
@@ -66,4 +75,6 @@ class Variables:
         if isinstance(value, str) and isinstance(kept := self.values.get(name), list):
             kept[:1] = [value]
             return
+        if not isinstance(value, str) and len(value) > _MOST:
+            raise Unread(f"{name} grows beyond {_MOST:,} elements")
         self.values[name] = value
