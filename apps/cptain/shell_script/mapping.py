@@ -109,6 +109,7 @@ def map_arguments(script: Script) -> Mapping:
     map_data(mapping)
     _wandb(mapping)
     _rest(mapping)
+    mapping.differs += [f"{word} among the arguments: known on the cluster only: left out" for word in script.extra]
     loaded, saved = script.value("--load"), script.value("--save")
     if loaded is None or loaded == saved:
         mapping.differs.append(
@@ -290,6 +291,8 @@ def _rest(mapping: Mapping) -> None:
         flag = argument.flag
         refused = refusal(flag, rows)
         if flag in mapping.done:
+            if not argument.is_list and (marks := unknowns(" ".join(argument.values))):
+                mapping.differs.append(f"{argument}: {', '.join(marks)}: known on the cluster only: left out")
             continue
         if marks := unknowns(" ".join(argument.values)):
             mapping.left.append((argument, reason(flag) or f"{', '.join(marks)}: known on the cluster only"))

@@ -32,12 +32,17 @@ _EXPLAINED = {
     "max_position_embeddings": _OF_MODEL,
     "make_vocab_size_divisible_by": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
     "padded_vocab_size": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
-    "lr_decay_iters": "the same: Megatron's default is train_iters, which cptain says",
     "inprocess_active_world_size": "the number of processes, by mpirun's variable or by torchrun's",
     "recompute_granularity": reason("--recompute-granularity") or "",
     "use_rotary_position_embeddings": "the older name of --position-embedding-type rope",
     "ckpt_convert_format": reason("--ckpt-convert-format") or "",
     "data_parallel_size": "the GPUs of a job divided by a copy's",
+}
+
+_NOT_GIVEN = {  # by the script
+    "lr_decay_iters": "the same: Megatron's default is train_iters, which cptain says",
+    "eval_interval": "not given: every 1000 steps by Megatron up to core 0.13, and never since",
+    "save_interval": "not given: the script saves at its end alone",
 }
 
 _PARSE = """
@@ -212,7 +217,7 @@ def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
     if done.returncode:
         last = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()][-1:]
         raise CptainError(f"Megatron's parser ended with status {done.returncode}: {''.join(last):.200}")
-    return _compared(json.loads(done.stdout.strip().splitlines()[-1]), note)
+    return _compared(json.loads(done.stdout.strip().splitlines()[-1]), note, " ".join(mapping.differs))
 
 
 def _mpi(gpus: int) -> dict[str, str]:
@@ -221,7 +226,7 @@ def _mpi(gpus: int) -> dict[str, str]:
     return {**ranks, "OMPI_COMM_WORLD_SIZE": str(gpus)}
 
 
-def _compared(found: dict[str, Any], note: str) -> Comparison:
+def _compared(found: dict[str, Any], note: str, said: str) -> Comparison:
     result = Comparison(unknown=found["script"]["unknown"], notes=[note] if note else [])
     for name, who in (("script", "the script's"), ("cptain", "cptain's")):
         if found[name]["refused"]:
@@ -234,17 +239,21 @@ def _compared(found: dict[str, Any], note: str) -> Comparison:
         if left == right or (isinstance(left, str) and left.replace(" ", "") == right):
             result.same += 1
             continue
-        result.differences.append(Difference(key, left, right, _why(key, found["flags"], theirs)))
+        result.differences.append(Difference(key, left, right, _why(key, found["flags"], theirs, said)))
     return result
 
 
 _OF_CHECKPOINT = {name for fact in FACTS for name in fact.saved}
 
 
-def _why(key: str, flags_of: dict[str, str], theirs: dict[str, Any]) -> str:
+def _why(key: str, flags_of: dict[str, str], theirs: dict[str, Any], said: str) -> str:
+    if key in _NOT_GIVEN and theirs.get(key) is None:
+        return _NOT_GIVEN[key]
     if key in _EXPLAINED:
         return _EXPLAINED[key]
     if key in _OF_CHECKPOINT and theirs.get("use_checkpoint_args"):
         return "the script takes it from its checkpoint (--use-checkpoint-args), and cptain from config.json"
     names = [flag for flag, dest in flags_of.items() if dest == key]
+    if any(f"{name} " in said or f"{name}:" in said for name in names):
+        return "see OTHER THAN THE SCRIPT, above"
     return next((why for flag in names if (why := reason(flag))), "")

@@ -9,7 +9,7 @@ from cptain.shell_script.control import Reading
 from cptain.shell_script.directives import Directives, read_directives
 from cptain.shell_script.quoting import Unread
 from cptain.shell_script.shell import Shell
-from cptain.shell_script.values import MARKS, shown
+from cptain.shell_script.values import MARKS, shown, unknowns
 
 TRAINER = "pretrain_gpt.py"
 _LARGEST = 4 << 20  # bytes; Swallow's longest has 50 kB
@@ -29,6 +29,11 @@ class Argument:
     values: list[str]
     line: int
 
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes any number of values."""
+        return self.flag.endswith("data-path")
+
     def __str__(self) -> str:
         return shown(" ".join([self.flag, *self.values]))
 
@@ -44,6 +49,7 @@ class Script:
         others: lines of further starts of it.
         directives: the scheduler's.
         reading: how the script was followed.
+        extra: words among the arguments that only the cluster knows, and that may be any.
     """
 
     file: Path
@@ -52,6 +58,7 @@ class Script:
     others: list[int] = field(default_factory=list)
     directives: Directives = field(default_factory=Directives)
     reading: Reading = field(default_factory=Reading)
+    extra: list[str] = field(default_factory=list)
 
     def value(self, flag: str) -> str | None:
         """The value of an argument, the last of several as Megatron takes it; None where it is not given."""
@@ -93,9 +100,9 @@ def read_script(file: Path, given: tuple[str, ...] = (), variables: tuple[str, .
         raise CptainError(f"{file}: it starts no {TRAINER}{_what_instead(shell.reading)}")
     first = starts[0]
     place = next(number for number, word in enumerate(first.words) if _is_trainer(word))
-    arguments = _arguments(first.words[place + 1 :], text, first.line, file)
+    arguments, extra = _arguments(first.words[place + 1 :], text, first.line, file)
     others = [one.line for one in starts[1:]]
-    return Script(file, arguments, first.line, others, directives, shell.reading)
+    return Script(file, arguments, first.line, others, directives, shell.reading, extra)
 
 
 def _text(file: Path) -> str:
@@ -124,18 +131,21 @@ def _what_instead(reading: Reading) -> str:
     return said
 
 
-def _arguments(words: list[str], text: str, line: int, file: Path) -> list[Argument]:
+def _arguments(words: list[str], text: str, line: int, file: Path) -> tuple[list[Argument], list[str]]:
     found: list[Argument] = []
+    extra: list[str] = []
     lines = text.splitlines()
     for word in words:
         if re.match(r"--\w", word):
             flag, equals, value = word.partition("=")
             found.append(Argument(flag, [value] if equals else [], _line_of(flag, lines, line)))
+        elif unknowns(word) == [shown(word)] and (not found or (found[-1].values and not found[-1].is_list)):
+            extra.append(shown(word))
         elif found:
             found[-1].values.append(word)
         elif word.strip():
             raise CptainError(f"{file}: line {line}: {shown(word)!r:.60} after {TRAINER} is no argument of Megatron's")
-    return found
+    return found, extra
 
 
 def _line_of(flag: str, lines: list[str], start: int) -> int:
