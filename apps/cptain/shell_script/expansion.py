@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cptain.shell_script.arithmetic import evaluate
 from cptain.shell_script.quoting import Unread, end_of_bracket, end_of_part
-from cptain.shell_script.values import ANY, is_known, literal, regex, shown, unknown, without_suffix
+from cptain.shell_script.values import ANY, BEGIN, is_known, literal, regex, shown, unknown, without_suffix
 from cptain.shell_script.variables import Variables
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b"}
@@ -123,6 +123,8 @@ class Expansion:
             part = word[at:end]
             if part.startswith("\\") and len(part) == 2:
                 yield _QUOTED, "" if part[1] == "\n" else part[1]
+            elif part.startswith(BEGIN):
+                yield _QUOTED, part
             elif part.startswith("'"):
                 yield _QUOTED, part[1:-1]
             elif part.startswith("$'"):
@@ -146,11 +148,17 @@ class Expansion:
                 escaped = text[at + 1]
                 yield _QUOTED, "" if escaped == "\n" else escaped if escaped in '$`"\\' else "\\" + escaped
                 at += 2
+            elif text[at] == BEGIN:
+                end = end_of_part(text, at)
+                yield _QUOTED, text[at:end]
+                at = end
             elif text[at] in "$`":
                 at, pieces = self._dollar(text, at, quoted=True)
                 yield from pieces
             else:
-                end = min((place for place in map(text.find, "\\$`", [at] * 3) if place >= 0), default=len(text))
+                end = min(
+                    (place for place in map(text.find, "\\$`" + BEGIN, [at] * 4) if place >= 0), default=len(text)
+                )
                 yield _QUOTED, text[at:end]
                 at = end
 

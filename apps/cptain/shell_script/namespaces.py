@@ -202,6 +202,7 @@ def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
     }
     environment = {
         **os.environ,
+        **_mpi(gpus),
         "WORLD_SIZE": str(gpus),
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -22,6 +22,8 @@ def end_of_part(text: str, at: int) -> int:
     character, following = text[at], text[at + 1 : at + 2]
     if character == "\\":
         return min(at + 2, len(text))
+    if character == "\ue001":  # a mark of what only the cluster knows, in a text that the script made
+        return _after(text, text.find("\ue002", at), "a mark")
     if character == "'":
         return _after(text, text.find("'", at + 1), "'")
     if character == '"':

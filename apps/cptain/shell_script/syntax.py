@@ -40,6 +40,8 @@ class Parser:
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text.replace("\r\n", "\n"), 0
+        if self._text.endswith("\\") and not self._text.endswith("\\\\"):
+            self._text = self._text[:-1]  # a line that goes on after the end
         self._starts = [0, *(place + 1 for place, one in enumerate(self._text) if one == "\n")]
         self._pending: list[tuple[Redirect, str, bool]] = []  # here-documents whose text follows the line
 

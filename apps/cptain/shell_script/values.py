@@ -11,19 +11,19 @@ from cptain.shell_script.quoting import Unread
 
 _MOST_STARS = 4
 ANY = "\ue000"  # what a * of a glob matches
-_BEGIN, _END = "\ue001", "\ue002"
-_MARK = re.compile(f"{_BEGIN}([^{_END}]*){_END}")
-MARKS = frozenset((ANY, _BEGIN, _END))
+BEGIN, _END = "\ue001", "\ue002"
+_MARK = re.compile(f"{BEGIN}([^{_END}]*){_END}")
+MARKS = frozenset((ANY, BEGIN, _END))
 
 
 def unknown(what: str) -> str:
     """A value that only the cluster knows, such as "$(hostname)"."""
-    return _BEGIN + shown(what).replace("\n", " ") + _END
+    return BEGIN + shown(what).replace("\n", " ") + _END
 
 
 def is_known(value: str) -> bool:
     """Whether a value holds no mark of a command or a variable."""
-    return _BEGIN not in value
+    return BEGIN not in value
 
 
 def shown(value: str) -> str:
