@@ -263,6 +263,15 @@ def test_without_megatron_the_run_file_is_written_and_the_comparison_said_to_be_
     assert lines[-1].startswith("not compared by Megatron's own parser: ")
 
 
+def test_the_forks_own_words_have_their_places(tmp_path: Path) -> None:
+    forks = "--use-mpi --use-z-loss --no-initialization --rope-theta 500000.0 --wandb-name x --torch-profile"
+    keys, lines = imported(tmp_path, f"{NEEDED} {DATA} {forks}")
+    assert keys["train"]["z_loss"] == 1e-4
+    assert "strip" not in keys["data"]  # Swallow's fork does not
+    assert "megatron_args" not in keys["train"]
+    assert any("--rope-theta 500000.0: no key: the model's config.json says it" in one for one in lines)
+
+
 MODEL = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 4 --group-query-attention
  --num-query-groups 2 --max-position-embeddings 8192 --swiglu --disable-bias-linear --normalization RMSNorm
  --position-embedding-type rope --rotary-base 500000 --use-rope-scaling --untie-embeddings-and-output-weights

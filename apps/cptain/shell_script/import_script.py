@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cptain import atomic
 from cptain.errors import CptainError, bad_usage
-from cptain.run_file import RunFile, load_run
+from cptain.run_file import load_run
 from cptain.shell_script.mapping import Mapping, map_arguments
 from cptain.shell_script.namespaces import Comparison, compare
 from cptain.shell_script.run_text import put_jobs, run_text
@@ -44,12 +44,25 @@ def import_script(
     put_jobs(mapping)
     atomic.write_text(target, run_text(mapping))
     try:
-        run: RunFile | None = load_run(target)
-        problem = ""
+        run = load_run(target)
     except CptainError as error:
-        run, problem = None, str(error)
-    lines = [*_mapped(mapping), *([f"the run file is not complete: {problem}"] if problem else [])]
-    return target, [*lines, *(_compared(mapping, run, tree) if run else [])]
+        return target, [*_mapped(mapping), f"the run file is not complete: {error}"]
+    try:
+        found = compare(mapping, run, tree)
+    except CptainError as error:
+        return target, [*_mapped(mapping), f"not compared by Megatron's own parser: {error}"]
+    if drop_unknown(mapping, found.unknown):
+        atomic.write_text(target, run_text(mapping))
+    return target, [*_mapped(mapping), *comparison_lines(found)]
+
+
+def drop_unknown(mapping: Mapping, unknown: list[str]) -> bool:
+    """Leave out of train.megatron_args what the Megatron at hand would end at. Gives whether there is any."""
+    mine = [one for one in mapping.passed if one.flag in unknown or str(one) in unknown]
+    mapping.passed = [one for one in mapping.passed if one not in mine]
+    mapping.left += [(one, "the Megatron at hand has no such argument") for one in mine]
+    mapping.differs += [f"{one}: the Megatron at hand has no such argument" for one in mine]
+    return bool(mine)
 
 
 def _mapped(mapping: Mapping) -> list[str]:
@@ -70,14 +83,6 @@ def _mapped(mapping: Mapping) -> list[str]:
         f"line {one.line}: {one}: no key: {why}" for one, why in sorted(mapping.left, key=lambda left: left[0].line)
     ]
     return [*lines, *(f"OTHER THAN THE SCRIPT: {one}" for one in mapping.differs)]
-
-
-def _compared(mapping: Mapping, run: RunFile, tree: Path | None) -> list[str]:
-    try:
-        found = compare(mapping, run, tree)
-    except CptainError as error:
-        return [f"not compared by Megatron's own parser: {error}"]
-    return comparison_lines(found)
 
 
 def comparison_lines(found: Comparison) -> list[str]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cptain.shell_script.mapping import Mapping
 
 _SPLIT = "969,30,1"  # Megatron's, where --data-path comes without --split
+_OF_OTHER_FORKS = {"--use-z-loss", "--rope-theta", "--use-embedding-scaling", "--wandb-name"}
 NO_DATA = "/path/to/tokenized/data/**/*"
 NO_MODEL = "/path/to/the/huggingface/model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -55,11 +56,12 @@ def map_data(mapping: Mapping) -> None:
         mapping.put("data.tokenized", list(prefixes), f"line {_line(mapping, flag)}", flag)
         _mix(mapping, prefixes)
     _split(mapping, flag)
-    if any(one.flag == "--use-mpi" for one in mapping.script.arguments):
+    flags = {one.flag for one in mapping.script.arguments}
+    if "--use-mpi" in flags and not flags & _OF_OTHER_FORKS:
         mapping.put(
             "data.strip",
             True,
-            "of text in data.input: the fork that has --use-mpi strips it, cptain does not by default",
+            "of text in data.input: the lab's fork, which has --use-mpi, strips it; the default does not",
         )
     _model(mapping)
 
@@ -110,6 +112,8 @@ def _model(mapping: Mapping) -> None:
     path = PurePosixPath(tokenizer)
     if path.name in ("tokenizer.json", "tokenizer.model"):
         tokenizer = str(path.parent)
+    if path.suffix in (".model", ".json", ".vocab", ".txt") and not path.name.startswith("tokenizer."):
+        tokenizer = ""  # a file of a tokenizer of another kind, and no folder of a model
     loaded = mapping.script.value("--load")
     came = f"; its weights came from {shown(loaded)}" if loaded and loaded != mapping.script.value("--save") else ""
     if tokenizer and is_known(tokenizer) and (tokenizer.startswith("/") or _HUB_ID.fullmatch(tokenizer)):

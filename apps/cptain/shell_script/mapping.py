@@ -106,6 +106,8 @@ def map_arguments(script: Script) -> Mapping:
     _schedule(mapping)
     _plain_keys(mapping)
     _precision(mapping)
+    if any(one.flag == "--use-z-loss" for one in script.arguments):
+        mapping.put("train.z_loss", 1e-4, "Swallow's and llm-jp's forks take 1e-4 for --use-z-loss", "--use-z-loss")
     map_data(mapping)
     _wandb(mapping)
     _rest(mapping)
@@ -128,7 +130,8 @@ def _needed(mapping: Mapping, what: str, *flags: str) -> CptainError:
         return CptainError(f"{script.file}: line {said[0].line}: {said[0]}: {marks} is known on the cluster only")
     absent = next((one for one in script.reading.assumed if "is not here to be read" in one), "")
     hint = f"; {absent}" if absent else ""
-    hint = hint or "; -v NAME=VALUE gives a variable that qsub -v gave" * bool(not script.arguments)
+    if "$" in absent or not script.arguments:
+        hint += "; -v NAME=VALUE gives a variable that qsub -v gave"
     return CptainError(f"{script.file}: line {script.line}: it gives no {what} ({' or '.join(flags)}){hint}")
 
 

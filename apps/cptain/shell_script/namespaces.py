@@ -2,7 +2,7 @@
 
 Both go through the parse_args and validate_args of the Megatron at hand, in a process of its own that answers for CUDA
 on the CPU; nothing is trained. A difference is explained by `cptain.shell_script.reasons`, through the arguments that
-set it, or by the short table here; what neither explains is said to be unexplained.
+set it, or by `cptain.shell_script.explanations`; what neither explains is said to be unexplained.
 """
 
 import json
@@ -15,10 +15,9 @@ from typing import Any
 
 from cptain.errors import CptainError
 from cptain.model.architecture import Architecture, Mixture, read_architecture
-from cptain.model.arguments import FACTS
 from cptain.run_file import RunFile
+from cptain.shell_script.explanations import Explanations
 from cptain.shell_script.mapping import Mapping
-from cptain.shell_script.reasons import reason
 from cptain.shell_script.trainer import Script
 from cptain.shell_script.values import is_known, shown
 from cptain.training import flags
@@ -27,24 +26,6 @@ from cptain.training.start import Beginning
 
 _SECONDS = 300  # an import of Megatron takes 10; 60 where the disk is slow
 
-_OF_MODEL = "the model's config.json says it; positions are rotary, and this only bounds seq_length"
-_EXPLAINED = {
-    "max_position_embeddings": _OF_MODEL,
-    "make_vocab_size_divisible_by": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
-    "padded_vocab_size": "the embedding keeps the rows of the model's own, whatever the tokenizer has",
-    "inprocess_active_world_size": "the number of processes, by mpirun's variable or by torchrun's",
-    "recompute_granularity": reason("--recompute-granularity") or "",
-    "use_rotary_position_embeddings": "the older name of --position-embedding-type rope",
-    "ckpt_convert_format": reason("--ckpt-convert-format") or "",
-    "data_parallel_size": "the GPUs of a job divided by a copy's",
-}
-
-_NOT_GIVEN = {  # by the script
-    "lr_decay_iters": "the same: Megatron's default is train_iters, which cptain says",
-    "eval_interval": "not given: every 1000 steps by Megatron up to core 0.13, and never since",
-    "save_interval": "not given: the script saves at its end alone",
-}
-
 _PARSE = """
 import json, sys
 given = json.loads(sys.stdin.read())
@@ -52,31 +33,48 @@ sys.path[:0] = given["tree"]
 from cptain.megatron.importing import before_import, import_megatron
 before_import(cpu=True)
 import_megatron(cpu=True)
-import argparse
+import argparse, traceback
 from megatron.training import arguments
 
 def parser():
     made = argparse.ArgumentParser(allow_abbrev=False)
     return arguments.add_megatron_arguments(made)
 
-flags = {flag: action.dest for action in parser()._actions for flag in action.option_strings}
-found = {"flags": flags}
+def taken_by(action, values):
+    # What a parser takes: forks give floats where others want whole numbers, and name tokenizers of their own.
+    result = []
+    for value in values:
+        try:
+            made = action.type(value) if action.type else value
+        except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError):
+            if action.type is not int or not value.replace(".", "", 1).isdigit():
+                return None
+            made = value = str(int(float(value)))
+        if action.choices and made not in action.choices:
+            return None
+        result.append(value)
+    return result
+
+actions = {flag: action for action in parser()._actions for flag in action.option_strings}
+found = {"flags": {flag: action.dest for flag, action in actions.items()}}
 for name in ("script", "cptain"):
-    words, unknown, skipping = [], [], False
-    for word in given[name]:
-        if word.startswith("--"):
-            skipping = word not in flags
-            if skipping:
-                unknown.append(word)
-        if not skipping:
-            words.append(word)
+    words, unknown = [], []
+    for flag, *values in given[name]:
+        action = actions.get(flag)
+        if action is None:
+            unknown.append(flag)
+        elif (taken := taken_by(action, values)) is None:
+            unknown.append(" ".join([flag, *values]))
+        else:
+            words += [flag, *taken]
     sys.argv = ["pretrain_gpt.py", *words]
     args = arguments.parse_args(ignore_unknown_args=False)
     try:
         args = arguments.validate_args(args, {}) or args
         refused = ""
     except (AssertionError, ValueError, RuntimeError) as error:
-        refused = f"{type(error).__name__}: {error}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        refused = f"{type(error).__name__}: {str(error) or where.line}"
     simple = (bool, int, float, str, type(None))
     plain = {key: value if isinstance(value, simple) else str(value) for key, value in vars(args).items()}
     found[name] = {"values": plain, "unknown": unknown, "refused": refused}
@@ -138,6 +136,7 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
 
     heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
     groups = int(number("--num-query-groups", 1 if "--group-query-attention" in given else heads))
+    scaled = not given.keys().isdisjoint(("--use-rope-scaling", "--rope-factor"))
     experts = int(number("--num-experts", 0))
     names = ("", "", "", "")  # of Hugging Face's tensors, which no argument says
     normalized = "--moe-router-pre-softmax" not in given
@@ -151,8 +150,8 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
         kv_channels=int(number("--kv-channels", hidden // heads)),
         vocab_size=int(number("--vocab-size", 128_256)),
         max_position_embeddings=int(number("--max-position-embeddings", run.train.seq_length)),
-        rotary_base=number("--rotary-base", 10_000),
-        rope_scaling_factor=number("--rope-scaling-factor", 8.0) if "--use-rope-scaling" in given else None,
+        rotary_base=number("--rotary-base", number("--rope-theta", 10_000)),
+        rope_scaling_factor=number("--rope-scaling-factor", number("--rope-factor", 8.0)) if scaled else None,
         norm_epsilon=number("--norm-epsilon", 1e-5),
         tied_embeddings="--untie-embeddings-and-output-weights" not in given,
         qkv_bias="--add-qkv-bias" in given,
@@ -162,7 +161,7 @@ def _architecture(script: Script, run: RunFile) -> tuple[Architecture, str]:
     return architecture, f"{run.model.hf} is not here: its architecture is taken to be what the script's arguments say"
 
 
-def own_arguments(run: RunFile, architecture: Architecture, gpus: int) -> list[str]:
+def own_arguments(run: RunFile, architecture: Architecture, gpus: int) -> list[list[str]]:
     """The arguments that cptain train would give to Megatron for the first start of a run."""
     here = run.model_copy(update={"model": run.model.model_copy(update={"hf": "/", "tokenizer": None})})
     begins = Beginning(run.megatron_folder, None, [])
@@ -176,7 +175,11 @@ def own_arguments(run: RunFile, architecture: Architecture, gpus: int) -> list[s
         layout=layout_of(run, gpus),
         cpu=False,
     )
-    return [*(word for row in rows for word in row), *run.train.megatron_args]
+    passed: list[list[str]] = []
+    for word in run.train.megatron_args:
+        passed += [[word]] if word.startswith("--") else []
+        passed[-1] += [] if word.startswith("--") else [word]
+    return [*map(list, rows), *passed]
 
 
 def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
@@ -194,7 +197,7 @@ def compare(mapping: Mapping, run: RunFile, tree: Path | None) -> Comparison:
     architecture, note = _architecture(script, run)
     gpus = (script.directives.nodes or 1) * (script.directives.gpus or 1)
     gpus = max(gpus, run.parallel.least_gpus)
-    theirs = [shown(word) for one in script.arguments for word in (one.flag, *one.values)]
+    theirs = [[one.flag, *map(shown, one.values)] for one in script.arguments]
     given = {
         "tree": [str(tree.resolve())] if tree else [],
         "script": theirs,
@@ -231,30 +234,14 @@ def _compared(found: dict[str, Any], note: str, said: str) -> Comparison:
     result = Comparison(unknown=found["script"]["unknown"], notes=[note] if note else [])
     for name, who in (("script", "the script's"), ("cptain", "cptain's")):
         if found[name]["refused"]:
-            result.notes.append(
-                f"Megatron refuses {who} arguments, and its values are as parsed: {found[name]['refused']:.200}"
-            )
+            result.notes.append(f"Megatron refuses {who} arguments here: {found[name]['refused']:.200}")
     theirs, ours = found["script"]["values"], found["cptain"]["values"]
+    refused = [found[name]["refused"] for name in ("script", "cptain")]
+    explanations = Explanations(theirs, ours, found["flags"], result.unknown, said, any(refused))
     for key in sorted({*theirs, *ours}):
         left, right = theirs.get(key), ours.get(key)
         if left == right or (isinstance(left, str) and left.replace(" ", "") == right):
             result.same += 1
             continue
-        result.differences.append(Difference(key, left, right, _why(key, found["flags"], theirs, said)))
+        result.differences.append(Difference(key, left, right, explanations.of(key)))
     return result
-
-
-_OF_CHECKPOINT = {name for fact in FACTS for name in fact.saved}
-
-
-def _why(key: str, flags_of: dict[str, str], theirs: dict[str, Any], said: str) -> str:
-    if key in _NOT_GIVEN and theirs.get(key) is None:
-        return _NOT_GIVEN[key]
-    if key in _EXPLAINED:
-        return _EXPLAINED[key]
-    if key in _OF_CHECKPOINT and theirs.get("use_checkpoint_args"):
-        return "the script takes it from its checkpoint (--use-checkpoint-args), and cptain from config.json"
-    names = [flag for flag, dest in flags_of.items() if dest == key]
-    if any(f"{name} " in said or f"{name}:" in said for name in names):
-        return "see OTHER THAN THE SCRIPT, above"
-    return next((why for flag in names if (why := reason(flag))), "")

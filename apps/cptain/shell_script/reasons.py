@@ -48,17 +48,27 @@ _REASONS = {
         --align-param-gather --moe-grouped-gemm --moe-token-dispatcher-type --moe-permute-fusion
         --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --use-cpu-initialization
     """,
+    "the router's product is in fp32: in bf16, experts that are nearly alike change places": "--moe-router-dtype",
     "the loss of every step is judged by train.max_loss_spike": """
         --no-check-for-nan-in-loss-and-grad --rerun-mode --check-for-spiky-loss --check-for-large-grads
     """,
-    "the weights come from model.hf, and none is drawn": "--init-method-std --init-method-xavier-uniform",
+    "the weights come from model.hf, and none is drawn": """
+        --init-method-std --init-method-xavier-uniform --no-initialization --perform-initialization
+    """,
+    "the model's config.json says it, in the forks' own words": """
+        --rope-theta --rope-factor --rope-low-freq-factor --rope-high-freq-factor
+        --rope-original-max-positional-embeddings
+    """,
+    "it measures speed: cptain names slow ranks by itself, and logs tokens a second": """
+        --profile* --torch-profile* --use-pytorch-profiler --log-straggler --disable-straggler-on-startup --straggler-*
+    """,
     "it is for fp16 alone": "--initial-loss-scale --min-loss-scale --loss-scale --loss-scale-window --hysteresis",
     "training stops by jobs.walltime and jobs.margin": """
         --exit-signal-handler --exit-duration-in-mins --exit-interval --exit-signal
     """,
     "the index files of the data sets lie in the run's folder": "--data-cache-path",
     "cptain itself sends W&B the numbers, by wandb.project and the run's name": """
-        --wandb-project --wandb-entity --wandb-exp-name
+        --wandb-project --wandb-entity --wandb-exp-name --wandb-name --wandb-offline
     """,
     "data.tokenized and data.mix say it": """
         --data-path --data-args-path --train-data-path --valid-data-path --test-data-path --per-split-data-args-path
