@@ -1,5 +1,6 @@
 """Small scripts with the constructions of those that start trainings, and what bash itself makes of them."""
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -103,3 +104,38 @@ def by_bash(script: str, folder: Path) -> list[str]:
     (folder / "script.sh").write_text(script, encoding="utf-8")
     done = subprocess.run(bash, capture_output=True, text=True, check=True, cwd=folder)
     return done.stdout.split("\0")[:-1]
+
+
+_NAMES = ("A", "B", "C", "ARR[0]", "ARR[1]", "U")  # U is not set
+_OPERATIONS = (
+    "", ":-d", "-d e", ":+alt", "+al t", ':-"q r"', "%b*", "%%/*", "#a", "##*/", "/a/X", "//a/X y", "^^", ",,", ":1",
+    "::2",
+)  # fmt: skip
+_PLAIN = ("abc", "/p/q", "--o=1", "1e-5", "a,b", "'s q'", "'$A'", "\\ ", "\\$", '\\"', "$*", '"$@"', "{x,y}z", "$#")
+_SUMS = ("N", "N*2", "N/2", "-N%3", "(N+1)<<2", "N>3?1:2", "N==7", "!N", "N**2", "++N", "N--")
+
+
+def random_words(seed: int) -> str:
+    """Four words of any quotes and expansions, after the variables that they name."""
+    dice = random.Random(seed)
+    pick = dice.choice
+    values = pick(["abc", '"a b  c"', '" lead"', "a/b/abc", '"trail "', "'a*b'"]), pick(["b", '"x y"', "aXb"])
+    head = f"A={values[0]} B={values[1]} C= N={pick(['7', '0', '12'])} ARR=(abc 'd e' a)\nset -f; set -- p 'q r'\n"
+
+    def part() -> str:
+        expansion = f"${{{pick(_NAMES)}{pick(_OPERATIONS)}}}"
+        array = f"${{ARR[@]{pick(['', '/a/Z', ':1', '#a', '%c'])}}}"
+        length = f"${{#{pick(['A', 'ARR[@]', 'U'])}}}"
+        return pick([pick(_PLAIN), expansion, f'"{expansion}"', array, f'"{array}"', length, f"$(({pick(_SUMS)}))",
+                     '"${ARR[*]}"', f'$(echo "$A" {pick("AB")})', "$B", '"$A$(echo "$B")"'])  # fmt: skip
+
+    words = ["".join(part() for _ in range(dice.randrange(1, 4))) for _ in range(4)]
+    return f"{head}rec {' '.join(words)}\n"
+
+
+def by_bash_each(scripts: list[str], folder: Path) -> list[list[str]]:
+    """The words that bash gives to `rec` in each of many scripts, by one bash."""
+    apart = "".join(f"(\n{script})\nprintf '\\1\\0'\n" for script in scripts)
+    (folder / "all.sh").write_text(f"rec() {{ printf '%s\\0' \"$@\"; }}\n{apart}", encoding="utf-8")
+    done = subprocess.run(["bash", str(folder / "all.sh")], capture_output=True, text=True, check=True)
+    return [part.split("\0")[:-1] for part in done.stdout.split("\1\0")[:-1]]

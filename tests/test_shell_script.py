@@ -9,7 +9,7 @@ from cptain.shell_script.control import Reading
 from cptain.shell_script.shell import Shell
 from cptain.shell_script.trainer import read_script
 from cptain.shell_script.values import shown
-from shell_scripts import CONSTRUCTIONS, TRAINER, by_bash
+from shell_scripts import CONSTRUCTIONS, TRAINER, by_bash, by_bash_each, random_words
 
 
 def followed(text: str, folder: Path = Path("/nonexistent")) -> Reading:
@@ -36,6 +36,13 @@ def test_the_words_are_those_that_bash_makes(name: str, tmp_path: Path) -> None:
     script = f"MORE=\n{CONSTRUCTIONS[name]}\n{TRAINER}"
     ours = next(words for words in started(script) if words[0] == "mpirun")
     assert ours[1:] == by_bash(script, tmp_path)
+
+
+def test_any_words_are_those_that_bash_makes(tmp_path: Path) -> None:
+    scripts = [random_words(seed) for seed in range(1000)]
+    for script, theirs in zip(scripts, by_bash_each(scripts, tmp_path), strict=True):
+        ours = next(words for words in started(script) if words[0] == "rec")
+        assert ours[1:] == theirs, script
 
 
 HOSTILE = """#!/bin/bash
@@ -142,12 +149,17 @@ if [ -f "$S/latest.txt" ]; then LOAD=$S; else LOAD=/base; fi
 if [ ! -d /venv ]; then echo no; exit 1; fi
 [ -e /data ] || exit 2
 if command -v srun; then HOW=srun; else HOW=other; fi
+which numactl || LOAD=/none
+mkdir -p "$S" || echo no
 mpirun $LOAD $HOW
 """
     found = followed("S=/saved" + script)
     assert found.started[-1].words == ["mpirun", "/base", "srun"]
     said = "\n".join(found.assumed)
-    for line, what in ((2, "-f /saved/latest.txt"), (3, "an exit"), (4, "an exit"), (5, "command -v srun succeeds")):
+    assert "mkdir" not in said
+    for line, what in ((2, "-f /saved/latest.txt"), (3, "an exit"), (4, "an exit"), (5, "command -v srun succeeds")) + (
+        (6, "which numactl succeeds"),
+    ):
         assert any(one.startswith(f"line {line}:") and what in one for one in said.splitlines()), (line, said)
 
 

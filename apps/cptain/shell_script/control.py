@@ -56,6 +56,13 @@ class Reading:
     ended: str = ""
 
 
+def _sets(node: tree.Node) -> bool:
+    """Whether a command sets variables, which an argument may hang on."""
+    if isinstance(node, tree.Simple):
+        return bool(node.assignments) or any(isinstance(word, tree.Assignment) for word in node.words)
+    return isinstance(node, tree.Group)
+
+
 @dataclass
 class Control:
     """Follows a script.
@@ -183,8 +190,10 @@ class Control:
     def _chain(self, node: tree.Chain, text: str | None) -> bool:
         done = True
         for joint, part in node.parts:
+            if joint != ";" and self.program and _sets(part):
+                self.assume(f"that {self.program:.80} succeeds")
             if joint == ";" or done == (joint == "&&"):
-                guess, self.unsure = self.unsure, False
+                guess, self.unsure, self.program = self.unsure, False, ""
                 try:
                     done = self.run(part, text)
                 except Leave as leave:

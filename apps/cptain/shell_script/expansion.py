@@ -229,7 +229,8 @@ class Expansion:
         if not rest:
             return [(kind, self._outside(name, value))]
         if rest.startswith((":-", "-", ":+", "+")) and not quoted and self._uses_word(rest, value):
-            return list(self._pieces(rest.lstrip(":")[1:]))  # its own quotes hold
+            pieces = self._pieces(rest.lstrip(":")[1:])  # its own quotes hold, and what is not in them is split
+            return [(_EXPANDED if one == _LITERAL else one, text) for one, text in pieces]
         return [(kind, self._operate(name, rest, value) or "")]
 
     def _uses_word(self, rest: str, value: str | None) -> bool:
