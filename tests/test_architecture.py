@@ -14,7 +14,7 @@ FLOORS = (
     "checkpoint",
     "training",
     "scheduling",
-    "plan.py report doctor",
+    "plan.py report doctor shell_script",
     "cli.py cli_about_runs.py option_types.py __main__.py",
 )
 

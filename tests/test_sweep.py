@@ -76,7 +76,7 @@ def test_the_lab_s_six_experiments_differ_only_where_they_should(
     names = [f"exp{number}" for number in range(1, 7)]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == names
     runs = [load_run(tmp_path / name / "run.toml") for name in names]
-    assert len({(run.train.lr, tuple(run.data.input)) for run in runs}) == 6
+    assert len({(run.train.lr, tuple(run.data.input), run.jobs.nodes) for run in runs}) == 6
     assert [run.jobs.nodes for run in runs] == [4, 4, 4, 4, 4, 16]
     plain = {}
     for name in names:

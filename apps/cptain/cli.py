@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from cptain import __version__
-from cptain.cli_about_runs import doctor, eval_command, plan_command, report, status
+from cptain.cli_about_runs import doctor, eval_command, import_command, plan_command, report, status
 from cptain.errors import FAILED, Interrupted, bad_usage, status_and_message
 from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option, stage
 
@@ -336,6 +336,7 @@ def generate(model: Path, text: str, tokens: int, temperature: float, seed: int)
 
 
 main.add_command(eval_command)
+main.add_command(import_command)
 main.add_command(plan_command)
 
 

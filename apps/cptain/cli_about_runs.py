@@ -1,4 +1,5 @@
-"""The commands that tell about runs and change none: what one needs, how its jobs are, what it did, where it would run.
+"""The commands that tell about runs and change none: what one needs, how its jobs are, what it did, where it would run,
+and what an earlier script's was.
 
 Apart from cli.py, which has the stages; the same options, loading and errors.
 """
@@ -189,3 +190,44 @@ def doctor(run: Path | None, overrides: tuple[str, ...], site: str | None, as_js
         return
     click.echo(document(results) if as_json else table(results))
     check_none_failed(results)
+
+
+@click.command("import-script", context_settings={"ignore_unknown_options": True})
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, metavar="[ARGUMENT]...")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: its name with .toml, here]"
+)
+@click.option(
+    "-v", "variables", multiple=True, metavar="NAME=VALUE", help="A variable that qsub -v gave it. Repeatable."
+)
+@click.option(
+    "--megatron",
+    "tree",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A checkout of Megatron-LM, whose parser compares both in the place of the installed one's.",
+)
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def import_command(
+    file: Path,
+    arguments: tuple[str, ...],
+    out: Path | None,
+    variables: tuple[str, ...],
+    tree: Path | None,
+    force: bool,
+) -> None:
+    """Make a run file of FILE, a shell script that starts Megatron's pretrain_gpt.py; print its path.
+
+    FILE is read and not run: no program in it is started, no file is written or removed, and none is read but those
+    that it sources. What of it has no key is said, each with its line and reason; so is what Megatron's own parser
+    makes otherwise of the script's arguments and of cptain's. ARGUMENTs are the script's own.
+
+    Exit status 1 where it starts no pretrain_gpt.py, 2 where it cannot be read.
+    """
+    from cptain.shell_script.import_script import import_script
+
+    made, lines = import_script(file, arguments, variables, out, force, tree)
+    for line in lines:
+        click.echo(line, err=True)
+    click.echo(made)

@@ -234,6 +234,14 @@ def _run_rows(run: RunFile, layout: Layout, steps: int) -> list[Row]:
     ]
 
 
+def keys_of_flags() -> dict[str, str]:
+    """Which key of the run file says a flag of Megatron's, for those that a run file's own keys say."""
+    train = {"seq_length": 1, "global_batch_size": 1, "steps": 2, "lr": 1.0, "schedule": "wsd", "decay_steps": 1}
+    content = {"name": "any", "work_dir": "/", "model": {"hf": "/"}, "data": {"input": ["/"]}, "train": train}
+    run = RunFile.model_validate(content, context={"folder": Path("/")})
+    return {row[1]: row[0] for row in _run_rows(run, Layout(1, 1, 1, 1), 2) if row[0]}
+
+
 def _health_rows(run: RunFile) -> list[Row]:
     """What leaves the judgement of steps to cptain's own script (`cptain.training.health`), in every Megatron alike.
 

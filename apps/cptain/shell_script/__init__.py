@@ -1,0 +1,1 @@
+"""Shell scripts that start Megatron's pretrain_gpt.py, read and made into run files."""
