@@ -224,6 +224,7 @@ def main() -> None:
                     print(json.dumps(result), flush=True)
     if options.only != "changes":
         found["speed"] = speed(options)
+        wrong += [row["row"] for row in found["speed"] if "error" in row]
         print(table(found["speed"]))
     (options.out / "documents.json").write_text(json.dumps(found, indent=1))
     if wrong:
