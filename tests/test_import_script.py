@@ -229,6 +229,7 @@ def test_bad_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (
         "no checkout of Megatron-LM" in cptain("import-script", script, "-o", "b.toml", "--megatron", tmp_path).output
     )
+    assert "is a folder" in cptain("import-script", script, "-o", tmp_path, "--force").output
     other = tmp_path / "other.sh"
     for text, status, said in (
         (

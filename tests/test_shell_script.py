@@ -157,9 +157,8 @@ mpirun $LOAD $HOW
     assert found.started[-1].words == ["mpirun", "/base", "srun"]
     said = "\n".join(found.assumed)
     assert "mkdir" not in said
-    for line, what in ((2, "-f /saved/latest.txt"), (3, "an exit"), (4, "an exit"), (5, "command -v srun succeeds")) + (
-        (6, "which numactl succeeds"),
-    ):
+    expected = {2: "-f /saved/latest.txt", 3: "an exit", 4: "an exit", 5: "command -v srun succeeds"}
+    for line, what in {**expected, 6: "which numactl succeeds"}.items():
         assert any(one.startswith(f"line {line}:") and what in one for one in said.splitlines()), (line, said)
 
 

@@ -196,7 +196,11 @@ def doctor(run: Path | None, overrides: tuple[str, ...], site: str | None, as_js
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[ARGUMENT]...")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: its name with .toml, here]"
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The run file.  [default: FILE's name with .toml, here]",
 )
 @click.option(
     "-v", "variables", multiple=True, metavar="NAME=VALUE", help="A variable that qsub -v gave it. Repeatable."

@@ -36,6 +36,8 @@ def import_script(
         CptainError: the script cannot be read or starts no pretrain_gpt.py; there is such a file already.
     """
     target = out or Path(file.stem + ".toml")
+    if target.is_dir():
+        bad_usage(f"{target}: is a folder: -o names a file")
     if target.exists() and not force:
         bad_usage(f"{target}: is there already: --force writes over it, -o names another")
     if tree and not (tree / "megatron" / "training" / "arguments.py").is_file():

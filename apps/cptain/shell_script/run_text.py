@@ -92,7 +92,9 @@ def _kept(mapping: Mapping, section: str) -> list[tuple[str, str, str]]:
             continue
         if thing == _default(section, key) and key not in _ALWAYS.get(section, ()):
             continue
-        rows.append((key, value(thing), mapping.notes.get(dotted, "")))
+        note = mapping.notes.get(dotted, "")
+        is_ours = thing == _default(section, key) and note.startswith("Megatron's default")
+        rows.append((key, value(thing), "" if is_ours else note))
     table = _SECTIONS.get(section)
     order = list(table.by_key()) if table else []
     return sorted(rows, key=lambda row: order.index(row[0]) if row[0] in order else -1)
