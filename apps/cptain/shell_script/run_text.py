@@ -5,7 +5,8 @@ import json
 import re
 from typing import Any
 
-from cptain.run_file import Data, Jobs
+from cptain.run_data import Data
+from cptain.run_file import Jobs
 from cptain.run_train import Parallel, Train
 from cptain.scheduling.sites import load_site
 from cptain.shell_script.mapping import Mapping
