@@ -166,3 +166,20 @@ def test_a_task_that_is_not_in_grid_engine_s_accounts_yet_is_unknown_and_not_don
     told = f"{'=' * 62}\njobnumber    5\ntaskid       1\nfailed       0\nexit_status  0\n"
     assert table(submitted, told) == ["preprocess  5  1 done, 1 unknown"]
     assert table(submitted, told + told.replace("taskid       1", "taskid       2")) == ["preprocess  5  2 done"]
+
+
+def test_a_job_that_ended_while_grid_engine_was_asked_is_one_job() -> None:
+    listed = "".join(
+        f"<job_list state='running'><JB_job_number>{job}</JB_job_number><state>r</state>"
+        f"<queue_name>all.q@node0</queue_name>{tasks}</job_list>"
+        for job, tasks in (("5", "<tasks>1</tasks>"), ("5", "<tasks>2</tasks>"), ("6", ""), ("7", ""))
+    )
+    text = f"<?xml version='1.0'?>\n<job_info><queue_info>{listed}</queue_info></job_info>\n"
+    for job, task in (("5", "2"), ("7", "undefined")):
+        text += f"{'=' * 62}\njobnumber    {job}\ntaskid       {task}\nfailed       0\nexit_status  0\n"
+    assert [(state.job, state.word) for state in read_states(text)] == [
+        ("5", "running"),
+        ("6", "running"),
+        ("5", "done"),
+        ("7", "done"),
+    ]

@@ -135,11 +135,16 @@ def _slurm(text: str) -> Iterator[State]:
 
 
 def _gridengine(text: str) -> Iterator[State]:
+    """What qstat, and then qacct, said. A job that ended between the two is in both: its accounts hold."""
     listing, _, accounting = text.rpartition("</job_info>")
+    accounts = list(_gridengine_accounts(accounting))
+    ended = {key for key, _ in accounts}
     if "<job_info" in listing:
         for job in ElementTree.fromstring(listing + "</job_info>").iter("job_list"):
             name, state = job.findtext("JB_job_number", ""), job.findtext("state", "")
             host = (job.findtext("queue_name") or "").partition("@")[2]
+            if (name, job.findtext("tasks", "undefined")) in ended:
+                continue
             if "E" in state:
                 yield State(name, "failed", f"in state {state}: qstat -j {name} says why")
             elif "d" in state:
@@ -148,6 +153,11 @@ def _gridengine(text: str) -> Iterator[State]:
                 yield State(name, "waiting")
             else:
                 yield State(name, "running" if set(state) & set("rt") else "queued", host)
+    yield from (state for _, state in accounts)
+
+
+def _gridengine_accounts(accounting: str) -> Iterator[tuple[tuple[str, str], State]]:
+    """Of qacct, by job and number of the array's task, which is "undefined" for others."""
     for block in re.split(r"^=+$", accounting, flags=re.MULTILINE):
         fields = dict(line.split(None, 1) for line in block.strip().splitlines() if len(line.split(None, 1)) == 2)
         if "jobnumber" not in fields:
@@ -156,13 +166,14 @@ def _gridengine(text: str) -> Iterator[State]:
         limit = re.search(r"\bh_rt=(\d+)", fields.get("category", ""))
         seconds = float(fields.get("ru_wallclock", "0").split()[0].rstrip("s"))
         if failed.split()[0] == _GRIDENGINE_WALLTIME or (status == 137 and limit and seconds >= int(limit[1])):
-            yield _timeout(name)
+            state = _timeout(name)
         elif status > 128:
-            yield _ended(name, 0, status - 128)
+            state = _ended(name, 0, status - 128)
         elif failed.split()[0] not in ("0", "100"):
-            yield State(name, "failed", failed.strip())
+            state = State(name, "failed", failed.strip())
         else:
-            yield _ended(name, status)
+            state = _ended(name, status)
+        yield (name, fields.get("taskid", "undefined").strip()), state
 
 
 def read_states(text: str) -> list[State]:
