@@ -83,7 +83,9 @@ clean() {
   # wait and trap: apptainer in the foreground would keep this shell from hearing a signal
   [ -z "$build" ] || { kill -TERM "$build" 2> /dev/null && wait "$build" || true; }
   chmod -R u+w "$scratch" "$partial" 2> /dev/null || true
-  rm -rf "$scratch" "$partial"
+  # What ran in %post may outlive apptainer for a moment, and write on.
+  local pause
+  for pause in 1 2 4 0; do rm -rf "$scratch" "$partial" && break; sleep "$pause"; done
 }
 trap clean EXIT
 trap 'exit 130' INT

@@ -157,7 +157,7 @@ def test_documents_too_long_for_hugging_face_s_library_are_not_compared(
 
 
 def test_merges_are_kept_in_the_older_form_only_where_it_loads_as_the_same_tokenizer(model: Path) -> None:
-    from cptain.data.tokenizer import _short
+    from cptain.data.hf_tokenizer import _short
     from tokenizers import Tokenizer, models
 
     def merges(vocabulary: list[str], pairs: list[tuple[str, str]]) -> Any:
@@ -178,7 +178,7 @@ def test_what_transformers_says_of_a_tokenizer_is_asked_once(text: Any, monkeypa
     file = text(b'{"text": "x"}\n')
     assert cptain("preprocess", file).exit_code == 0
     (kept,) = load_run(file).tokenizers_folder.iterdir()
-    monkeypatch.setattr("cptain.data.tokenizer._ask_transformers", lambda folder: pytest.fail("asked again"))
+    monkeypatch.setattr("cptain.data.tokenizer.ask_transformers", lambda folder: pytest.fail("asked again"))
     assert cptain("preprocess", file, "--force").exit_code == 0
     assert cptain("preprocess", file, "--set", "name=another").exit_code == 0  # in a new data folder
     kept.write_text("{")

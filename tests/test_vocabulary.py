@@ -60,7 +60,7 @@ def test_preprocess_refuses_it_before_it_writes_a_pair_with_both_sizes_and_how_m
 def test_train_refuses_it_and_counts_in_the_data_without_transformers(
     larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cptain.data.tokenizer._ask_transformers", lambda folder: pytest.fail("asked"))
+    monkeypatch.setattr("cptain.data.tokenizer.ask_transformers", lambda folder: pytest.fail("asked"))
     result = cptain("train", larger, "--cpu", "--dry-run")
     data = load_run(larger).data_folder
     tokens = json.loads((data / "manifest.json").read_text())["tokens"]
