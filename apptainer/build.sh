@@ -80,12 +80,11 @@ scratch=$(mktemp -d "$APPTAINER_TMPDIR/build.XXXXXX")
 partial=$folder/.$(basename "$image").partial
 build=
 clean() {
+  trap '' INT TERM HUP # make passes on the signal that a terminal or a scheduler gave us too, amid this
   # wait and trap: apptainer in the foreground would keep this shell from hearing a signal
   [ -z "$build" ] || { kill -TERM "$build" 2> /dev/null && wait "$build" || true; }
   chmod -R u+w "$scratch" "$partial" 2> /dev/null || true
-  # What ran in %post may outlive apptainer for a moment, and write on.
-  local pause
-  for pause in 1 2 4 0; do rm -rf "$scratch" "$partial" && break; sleep "$pause"; done
+  rm -rf "$scratch" "$partial"
 }
 trap clean EXIT
 trap 'exit 130' INT
