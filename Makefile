@@ -6,8 +6,7 @@ PYTHON        ?= python3
 VENV          ?= .venv
 TORCH         ?= torch==2.13.0
 MEGATRON_CORE ?= megatron-core==0.19.2
-# Three on two cores: the tests that take longest, those of the clusters, mostly wait.
-PYTEST_ARGS   ?= -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS   ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH         ?= preprocess
 
 # The image (docs/image.md says what each is for).
