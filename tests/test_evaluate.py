@@ -102,7 +102,8 @@ def test_the_base_and_the_exports_are_scored_once_and_the_change_is_said(
     header, row = again.stdout.splitlines()
     assert header.split() == ["task", "metric", "questions", "base", "iter_0000008", "change"]
     assert row.split()[:3] == ["first-word", "acc", str(len(QUESTIONS))]
-    assert cptain(*command).stdout == again.stdout
+    (export / "verify.json").write_text("{}")  # as cptain verify --logits would
+    assert cptain(*command).stdout == cptain(*command).output == again.stdout
     few = cptain(*command, "--limit", "2", "--few-shot", "0")
     assert few.output.count("eval: ") == 2
     assert few.stdout.splitlines()[-1].split()[2] == "2"

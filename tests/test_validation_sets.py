@@ -10,6 +10,7 @@ import pytest
 from conftest import RunFileMaker, cptain, in_megatron, write_jsonl
 from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
 from cptain.data.overlap import texts_in_both
+from cptain.data.validation import data_folders
 from cptain.megatron.log import parse_validation, parse_validation_sets
 from cptain.run_file import load_run
 from cptain.training.metrics import metrics_file, read_metrics
@@ -153,6 +154,9 @@ def test_a_set_of_pairs_that_are_there_is_compared_with_the_data_as_one_of_text_
     assert cptain("convert", file).exit_code == 0
     dry = cptain("train", file, "--cpu", "--dry-run")
     assert "train: validation part: 6 texts, " in dry.output
+    both = make_run(data__tokenized=[pairs[0]["tokenized"]], data__validation=pairs, data__split=None)
+    folders = data_folders(load_run(both))  # a training takes the lock of each
+    assert folders.count(tmp_path / "held-pairs") == 1
     own = [{"name": "own", "tokenized": f"{tmp_path}/held-pairs/both_text_document"}]
     refused = cptain(
         "preprocess",

@@ -21,6 +21,7 @@ from cptain.run_file import RunFile
 
 BASE = "base"
 _BRING = "bring the data where there is a network, by the same command with --limit 1; $HF_HOME keeps them"
+_ABOUT = ("README.md", "verify.json")  # of a model and no part of it: cptain verify, too, writes the last
 _CLEAR = 2.0  # standard errors of a difference beyond which it is marked
 
 
@@ -102,9 +103,13 @@ def _models(run: RunFile) -> dict[str, str]:
 
 
 def _weights(model: str) -> str:
-    """A hash by which one knows that a folder's files were written anew; of a hub id, of its name."""
+    """A hash by which one knows that a model's files were written anew; of a hub id, of its name."""
     files = sorted(Path(model).iterdir()) if Path(model).is_dir() else []
-    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    marks = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file() and file.name not in _ABOUT
+    ]
     return hashlib.sha256(json.dumps([marks or model]).encode()).hexdigest()
 
 

@@ -27,7 +27,6 @@ def in_use(data_folder: Path, run_folder: Path) -> Iterator[None]:
 
     A folder that is not there, or that this user may not write to, is used without: its owner cannot be kept from
     anything.
-
     """
     name = hashlib.sha256(str(run_folder).encode()).hexdigest()[:16]
     try:

@@ -53,9 +53,9 @@ def set_runs(run: RunFile) -> dict[str, RunFile]:
 
 
 def data_folders(run: RunFile) -> list[Path]:
-    """The folders that a training of the run reads tokens from."""
+    """The folders that a training of the run reads tokens from, each once."""
     every = [run, *set_runs(run).values()]
-    return [folder for one in every for folder in (one.data_folder, *folders_of_pairs(one))]
+    return list(dict.fromkeys(folder for one in every for folder in (one.data_folder, *folders_of_pairs(one))))
 
 
 def preprocess_all(run: RunFile, *arguments: Any) -> bool:
