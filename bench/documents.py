@@ -188,7 +188,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     for tree in (INSTALLED, *bench.trees):
         for variant in ("joined", "masked", "joined", "masked"):  # twice: how far do two of the same differ?
             row = f"{variant}@{tree}"
-            results.append(bench.measure(row, "" if options.cpu else "0"))
+            results.append(bench.measure(row, "" if options.cpu else options.gpu))
             print(json.dumps({key: value for key, value in results[-1].items() if key != "losses"}), flush=True)
     return results
 
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="of one training")
+    parser.add_argument("--gpu", default="0", help="for the speed")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     gpus = 2 if options.cpu else torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What train.py and layouts.py train: a Llama 3.1 of random weights, and text that every Python carries.
+"""What train.py and its kin train: models of random weights, and text that every Python carries.
 
 The weights are written by hand, a file a layer: transformers would hold a whole 8B in fp32 and take minutes.
 """
@@ -22,13 +22,60 @@ from demo import make_model, make_text
 CPTAIN = [sys.executable, "-m", "cptain"]
 INSTALLED = "installed"  # the Megatron that is
 
-# Keys of config.json. "tiny" is for a dry run on the CPU.
-SHAPES = {
+# Keys of config.json; Llama's where none says otherwise. "tiny" is for a dry run on the CPU.
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8b-32k": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "70b": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "qwen2.5-7b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "0.3b": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
         "num_key_value_heads": 8,
     },
     "small": {
@@ -48,16 +95,40 @@ SHAPES = {
 }
 
 
+def layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer."""
+    hidden, ffn, kind = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    sizes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    if kind == "qwen2":
+        sizes |= {f"self_attn.{name}_proj.bias": sizes[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+    if kind == "qwen3":
+        sizes |= {f"self_attn.{name}_norm.weight": (config["head_dim"],) for name in "qk"}
+    return sizes
+
+
 def write_model(folder: Path, texts: list[str], shape: str, layers: int) -> None:
-    """Llama 3.1 in bf16, N(0, 0.02), and a tokenizer of 4,000 entries made of the texts; equal calls, equal models."""
+    """A model in bf16, N(0, 0.02), and a tokenizer of 4,000 entries made of the texts; equal calls, equal models."""
     make_model(folder, texts, hidden_size=64, intermediate_size=64, num_hidden_layers=1)  # its tokenizer is kept
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     config = json.loads((folder / "config.json").read_text())
     config |= {**SHAPES[shape], "num_hidden_layers": layers, "dtype": "bfloat16"}
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    config["head_dim"] = hidden // config["num_attention_heads"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
+    config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if config["model_type"] != "llama":  # whose scaling it is
+        config.pop("rope_scaling", None)
+        if "rope_parameters" in config:
+            config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     random = torch.Generator(device).manual_seed(0)
@@ -67,27 +138,19 @@ def write_model(folder: Path, texts: list[str], shape: str, layers: int) -> None
         tensors = {}
         for name, size in shapes.items():
             if len(size) == 1:
-                tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+                tensors[name] = torch.full(size, float(name.endswith("weight")), dtype=torch.bfloat16)
             else:
                 values = torch.randn(size, generator=random, device=device, dtype=torch.float32)
-                tensors[f"{name}.weight"] = (0.02 * values).to("cpu", torch.bfloat16)
+                tensors[name] = (0.02 * values).to("cpu", torch.bfloat16)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
 
-    save("model-embedding.safetensors", {"model.embed_tokens": (config["vocab_size"], hidden)})
-    save("model-output.safetensors", {"model.norm": (hidden,), "lm_head": (config["vocab_size"], hidden)})
+    table = (config["vocab_size"], config["hidden_size"])
+    save("model-embedding.safetensors", {"model.embed_tokens.weight": table})
+    head = {} if config.get("tie_word_embeddings") else {"lm_head.weight": table}
+    save("model-output.safetensors", {"model.norm.weight": (config["hidden_size"],), **head})
+    sizes = layer_shapes(config)
     for number in range(layers):
-        sizes = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-        }
         layer = {f"model.layers.{number}.{name}": size for name, size in sizes.items()}
         save(f"model-layer-{number:03}.safetensors", layer)
     total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))

@@ -7,7 +7,7 @@ again; `walk` is tensor-, pipeline-, context- and again data-parallel, as long e
 random moment; `deadline` is a job whose deadline comes when the reference was half done; `killed` loses a random rank
 to SIGKILL at a random moment, `killed-saving` while a checkpoint is half-written. Every one is a run of `cptain train`,
 started again until its steps are done; of a step that was trained twice the second counts. Losses are compared as
-Megatron logs them, with seven digits.
+Megatron logs them, with seven digits; with --set train.deterministic=true, undisturbed ones have the same.
 
 --cpu does the same over gloo in fp32, less the context-parallel part, which Megatron's attention does not have there.
 """
@@ -31,7 +31,17 @@ from cptain.megatron.log import Step, read_steps, train_logs
 from cptain.training.metrics import read_metrics
 from inputs import CPTAIN, INSTALLED, environment, make_run
 
-WALK = {"TP 2": "parallel.tensor=2", "PP 2": "parallel.pipeline=2", "CP 2": "parallel.context=2", "DP 2": ""}
+WALK = {
+    "TP 2": ["parallel.tensor=2"],
+    "PP 2": ["parallel.pipeline=2"],
+    "CP 2": ["parallel.context=2"],
+    "DP 2": [],
+}
+WALK_OF_EIGHT = {
+    "TP 2 × PP 2 × DP 2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "TP 4 × DP 2": ["parallel.tensor=4"],
+    "DP 8": [],
+}
 CHAINS = ("reference", "walk", "deadline", "killed-saving", "killed", "terminated", "again")  # the longest first
 STARTS = 3  # of an interrupted run, at most
 
@@ -80,7 +90,8 @@ class Bench:
         self.options = options
         self.folder = options.folder.resolve()
         self.trees: dict[str, str] = dict(peer.split("=", 1) for peer in options.peer)
-        self.layouts = {name: sets for name, sets in WALK.items() if not (options.cpu and name == "CP 2")}
+        walk = WALK if options.gpus == 2 else WALK_OF_EIGHT
+        self.layouts = {name: sets for name, sets in walk.items() if not (options.cpu and name == "CP 2")}
         self.stretch = options.steps // len(self.layouts)
         self.began: dict[str, float] = {}  # when the last start of a chain did, in seconds since the epoch
 
@@ -109,11 +120,13 @@ class Bench:
         variables: dict[str, str] | None = None,
     ) -> None:
         """One `cptain train`; `meanwhile` gets its process id, and says what it did to it."""
-        command = [*CPTAIN, "train", str(self.file), "--nproc-per-node", "2"]
+        command = [*CPTAIN, "train", str(self.file), "--nproc-per-node", str(self.options.gpus)]
         command += ["--cpu"] if self.options.cpu else []
-        command += [word for setting in [f'name="{chain.name}"', *settings] if setting for word in ("--set", setting)]
+        settings = [f'name="{chain.name}"', *self.options.set, *settings]
+        command += [word for setting in settings for word in ("--set", setting)]
         log, began = self.folder / f"{chain.name}-{len(chain.starts) + 1}.log", time.monotonic()
-        variables = environment(self.trees.get(chain.megatron), "" if self.options.cpu else "0,1") | (variables or {})
+        gpus = "" if self.options.cpu else ",".join(map(str, range(self.options.gpus)))
+        variables = environment(self.trees.get(chain.megatron), gpus) | (variables or {})
         self.began[chain.name] = time.time()
         with open(log, "wb") as output:
             process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -180,8 +193,8 @@ class Bench:
     def run(self, chain: Chain) -> None:
         """A chain from its first start to its last."""
         if chain.what == "walk":
-            for layout, setting in self.layouts.items():
-                self.start(chain, [setting, f'train.megatron_args=["--exit-interval","{self.stretch}"]'])
+            for layout, settings in self.layouts.items():
+                self.start(chain, [*settings, f'train.megatron_args=["--exit-interval","{self.stretch}"]'])
                 chain.done_to_it += f"{' → ' if chain.done_to_it else ''}{layout}"
         elif chain.what in ("reference", "again"):
             self.start(chain, [])
@@ -238,6 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=TREE", help="a tree of Megatron-LM")
     parser.add_argument("--steps", type=int, default=24, help="a multiple of 12")
+    parser.add_argument("--runs", default=",".join(CHAINS), help=f"of {', '.join(CHAINS)}; the first with any")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every `cptain train`")
+    parser.add_argument("--gpus", type=int, choices=[2, 8], default=2)
     parser.add_argument("--seed", type=int, default=random.randrange(1000), help="of the random moments")
     parser.add_argument("--side-by-side", type=int, default=1, metavar="RUNS", help="on the same two GPUs")
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="of one start")
@@ -246,7 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options)
     bench.make_inputs()
-    chains = [Chain(megatron, what) for what in CHAINS for megatron in (INSTALLED, *bench.trees)]
+    chains = [Chain(megatron, what) for what in options.runs.split(",") for megatron in (INSTALLED, *bench.trees)]
     writing = threading.Lock()
 
     def keep() -> str:

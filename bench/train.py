@@ -3,15 +3,17 @@
     make bench BENCH='train --peer fork=TREE --peer main=TREE'
 
 A row is VARIANT@MEGATRON: a training of its own, from the same converted checkpoint on the same data, on one GPU; as
-many run side by side as there are GPUs. `lab@fork` is pretrain_gpt.py with the flags of the lab's train_swallow_smbc
-scripts; `lab-fused@fork` is the same with weight gradients fused, as Apex does in their image. Every other row is the
-command that `cptain train --dry-run` prints, less --save. The model is a Llama 3.1 of random weights in 8B's shape, so
-that a few layers fit a GPU; losses show that the rows compute the same. `ledger` counts tokens and loss of the mix's
-parts besides, and `stages` reads cptain's own order. --cpu tries it all out on a tiny shape.
+many run side by side as there are GPUs. (eight.py has rows of all GPUs of a host, plan.py of other shapes.) `lab@fork`
+is pretrain_gpt.py with the flags of the lab's train_swallow_smbc scripts; `lab-fused@fork` is the same with weight
+gradients fused, as Apex does in their image. Every other row is the command that `cptain train --dry-run` prints, less
+--save. The model is a Llama 3.1 of random weights in 8B's shape, so that a few layers fit a GPU; losses show that the
+rows compute the same. `ledger` counts tokens and loss of the mix's parts besides, and `stages` reads an order of
+cptain's own. --cpu tries it all out on a tiny shape.
 
 A row's time is the median of its last ten steps. TFLOP/s is what Megatron logs: 6 FLOPs a parameter and token, without
 recomputation, and attention counted as causal. Memory is the largest that Megatron logs. Where it can log it after the
-first step only (the fork), the peak is short of Adam's moments, which the first step's end allocates.
+first step only (the fork), the peak is short of Adam's moments, which the first step's end allocates. Beside them is
+what `cptain plan` computes: of memory, and of time from the nearest training in rates.toml that is not the same.
 """
 
 import argparse
@@ -31,11 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cptain.data.vocabulary import run_architecture
 from cptain.megatron.log import read_steps
 from cptain.run_file import load_run
+from cptain.training.fit import settle
+from cptain.training.launch import DETERMINISTIC
+from cptain.training.memory import fullest
+from cptain.training.rates import known_rates, nearest, shape_of, step_seconds
 from inputs import CPTAIN, INSTALLED, environment, make_run
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 GLOBAL_BATCH = 8
 LIBRARY = 'data.mix=[{name="library", input="text/library.jsonl", weight=1}]'
 VARIANTS: dict[str, list[str]] = {  # --set of cptain train
@@ -43,12 +50,19 @@ VARIANTS: dict[str, list[str]] = {  # --set of cptain train
     "again": [],  # the same once more: do the losses repeat?
     "ledger": [LIBRARY],
     "stages": [LIBRARY.replace(", weight=1", ""), "data.stage=[{step=0, weight={library=1}}]"],
+    "deterministic": ["train.deterministic=true"],
+    "deterministic-again": ["train.deterministic=true"],
     "unfused": ['train.megatron_args=["--no-gradient-accumulation-fusion"]'],
     "mb2": ["train.micro_batch_size=2"],
     "mb4": ["train.micro_batch_size=4"],
     "fp8": ['train.precision="fp8"'],
     "fp8-mb2": ['train.precision="fp8"', "train.micro_batch_size=2"],
     "fp8-mb4": ['train.precision="fp8"', "train.micro_batch_size=4"],
+    "fp8-params-mb2": [
+        'train.precision="fp8"',
+        "train.micro_batch_size=2",
+        'train.megatron_args=["--fp8-param-gather"]',
+    ],
     "fp8-delayed-mb2": [
         'train.precision="fp8"',
         "train.micro_batch_size=2",
@@ -90,10 +104,16 @@ class Bench:
 
     Args:
         options: of the command line.
+        variants: --set of `cptain train` by variant.
+        lab_flags: more of the lab's.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    global_batch = GLOBAL_BATCH
+
+    def __init__(
+        self, options: argparse.Namespace, variants: dict[str, list[str]] | None = None, lab_flags: tuple[str, ...] = ()
+    ) -> None:
+        self.options, self.variants, self.lab_flags = options, variants or VARIANTS, lab_flags
         self.folder = options.folder.resolve()
         self.trees: dict[str, str] = dict(peer.split("=", 1) for peer in options.peer)
         self.file = self.folder / "run.toml"
@@ -107,7 +127,7 @@ class Bench:
         options = self.options
         train = {
             "seq_length": options.seq,
-            "global_batch_size": GLOBAL_BATCH,
+            "global_batch_size": self.global_batch,
             "steps": options.steps,
             "lr": options.lr,
             "min_lr": options.lr / 10,
@@ -119,7 +139,7 @@ class Bench:
         }
         make_run(self.folder, "tiny" if options.cpu else "8b", options.layers, options.megabytes, train)
 
-    def lab(self, tree: str, fused: bool) -> list[str]:
+    def lab(self, tree: str, fused: bool, processes: int) -> list[str]:
         """The command of the lab's scripts, with this run's sizes, data and folders."""
         run, options = load_run(self.file), self.options
         files = json.loads((run.folder / "blend.json").read_text())["files"]
@@ -133,7 +153,7 @@ class Bench:
             "seq-length": options.seq,
             "max-position-embeddings": options.seq,
             "micro-batch-size": 1,
-            "global-batch-size": GLOBAL_BATCH,
+            "global-batch-size": self.global_batch,
             "train-iters": options.steps,
             "lr": options.lr,
             "min-lr": options.lr / 10,
@@ -156,12 +176,12 @@ class Bench:
         starter.write_text(STARTER)
         how = "cpu" if self.options.cpu else "fused" if fused else "plain"
         script = str(Path(self.trees[tree]) / "pretrain_gpt.py")
-        return [*TORCHRUN, str(starter), how, script, *flags, "--data-path", *blend]
+        return [*TORCHRUN, str(processes), str(starter), how, script, *flags, *self.lab_flags, "--data-path", *blend]
 
-    def cptain(self, row: str, variant: str, environment: dict[str, str]) -> list[str]:
+    def cptain(self, row: str, variant: str, environment: dict[str, str], processes: int = 1) -> list[str]:
         """The command that `cptain train` would start, but for what it saves."""
-        settings = [f'name="{row}"', *VARIANTS[variant]]
-        command = [*CPTAIN, "train", str(self.file), "--dry-run", "--nproc-per-node", "1"]
+        settings = [f'name="{row}"', *self.variants[variant]]
+        command = [*CPTAIN, "train", str(self.file), "--dry-run", "--nproc-per-node", str(processes)]
         command += ["--cpu"] if self.options.cpu else []
         command += [word for setting in settings for word in ("--set", setting)]
         shown = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -179,16 +199,45 @@ class Bench:
         known = tree not in self.trees or "log_memory_interval" in arguments.read_text()
         return ["--log-memory-interval", "4"] if known else []
 
+    def planned(self, variant: str, processes: int) -> dict[str, Any]:
+        """GB that the fullest stage was computed to need, and ms of a step."""
+        run = load_run(self.file, tuple(self.variants[variant]))
+        architecture = run_architecture(run)
+        gpu_bytes = None if self.options.cpu else torch.cuda.get_device_properties(0).total_memory
+        layout, _ = settle(run, architecture, processes, gpu_bytes)
+        others = [
+            rate
+            for rate in known_rates()
+            if (shape_of(rate.architecture), rate.architecture.num_layers, rate.precision, rate.layout)
+            != (shape_of(architecture), architecture.num_layers, run.train.precision, layout)
+        ]
+        near = nearest(others, architecture, run.train.precision, layout)
+        return {
+            "layout": str(layout),
+            "planned_gb": round(fullest(run, architecture, layout)[0].peak / 2**20 / 1000, 1),
+            "planned_ms": round(1000 * step_seconds(run, architecture, layout, near), 1) if near else None,
+            "planned_from": str(near),
+        }
+
     def measure(self, row: str, gpu: str) -> dict[str, Any]:
-        """Train one row; gives what it measured, or why it did not."""
+        """Train one row; gives what it measured, or why it did not.
+
+        Args:
+            row: VARIANT@MEGATRON.
+            gpu: the GPUs' numbers, with commas between; empty for the CPU.
+        """
         variant, _, tree = row.partition("@")
         environment, log = self.environment(tree, gpu), self.folder / f"{row}.log"
-        began = time.monotonic()
+        began, processes, planned = time.monotonic(), gpu.count(",") + 1, dict[str, Any]()
+        # As `cptain train` does.
+        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if processes > 1 else {}
+        environment |= DETERMINISTIC if "deterministic" in variant else {}
         try:
             if variant.startswith("lab"):
-                command = self.lab(tree, variant == "lab-fused")
+                command = self.lab(tree, variant == "lab-fused", processes)
             else:
-                command = self.cptain(row, variant, environment)
+                command = self.cptain(row, variant, environment, processes)
+                planned = self.planned(variant, processes)
             with open(log, "w") as output:
                 print(shlex.join(command), file=output, flush=True)
                 with suppress(subprocess.TimeoutExpired):
@@ -197,9 +246,10 @@ class Bench:
                     )
         except (RuntimeError, KeyError, OSError) as error:
             return {"row": row, "error": f"{type(error).__name__}: {error}"[:300]}
-        return {"row": row, "gpu": gpu, "wall_s": round(time.monotonic() - began, 1), **self.read(log)}
+        wall = round(time.monotonic() - began, 1)
+        return {"row": row, "gpu": gpu, "wall_s": wall, **self.read(log, processes), **planned}
 
-    def read(self, log: Path) -> dict[str, Any]:
+    def read(self, log: Path, processes: int) -> dict[str, Any]:
         """What a log says of speed, loss and memory."""
         steps, text = read_steps([log]), log.read_text(errors="replace")
         if len(steps) < self.options.steps:
@@ -213,7 +263,7 @@ class Bench:
         peak = [max(float(pair[place]) for pair in memory) / 1000 for place in (0, 1)] if memory else [0.0, 0.0]
         return {
             "ms": round(1000 * seconds, 1),
-            "tokens_per_s": round(GLOBAL_BATCH * self.options.seq / seconds),
+            "tokens_per_s": round(self.global_batch * self.options.seq / seconds / processes),
             "tflops": statistics.median(teraflops[-len(tail) :]) if teraflops else 0.0,
             "loss_first": steps[0].loss,
             "loss_last": steps[-1].loss,

@@ -1,5 +1,6 @@
 """The flags of a training on GPUs that depend on the Megatron, the libraries and the checkpoint at hand."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -102,3 +103,19 @@ def test_weight_gradients_are_fused_by_transformer_engine_where_apex_is_missing(
 
 def test_without_both_weight_gradients_are_not_fused(make_ready_run: RunFileMaker) -> None:
     assert NO_GRADIENT_FUSION in flags(make_ready_run())
+
+
+def test_a_deterministic_run_has_the_flag_and_the_variables_that_it_wants(
+    make_ready_run: RunFileMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Tree")  # Megatron ends where it finds this one
+    script = tmp_path / "say.py"
+    script.write_text(f"import json, os, sys\njson.dump([sys.argv, dict(os.environ)], open({str(tmp_path / 'said')!r}, 'w'))")
+    for deterministic in (False, True):
+        file = make_ready_run(train__script=str(script), train__deterministic=deterministic)
+        cptain("train", file, "--cpu")
+        arguments, environment = json.loads((tmp_path / "said").read_text())
+        assert ("--deterministic-mode" in arguments) is deterministic
+        assert environment["NCCL_ALGO"] == ("Ring" if deterministic else "Tree")
+        assert environment.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == ("0" if deterministic else None)
+        assert environment.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)

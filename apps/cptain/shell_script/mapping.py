@@ -269,6 +269,9 @@ def _precision(mapping: Mapping) -> None:
             mapping.differs.append('--fp8-amax-history-len and -compute-algo: cptain\'s "delayed" has 1024 and max')
     elif "--bf16" not in flags and "--fp16" not in flags:
         mapping.put("train.precision", "fp32", "the script gives no --bf16")
+    if "--deterministic-mode" in flags:
+        mapping.done.add("--deterministic-mode")
+        mapping.put("train.deterministic", True)
 
 
 def _wandb(mapping: Mapping) -> None:

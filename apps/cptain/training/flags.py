@@ -303,6 +303,7 @@ def megatron_flags(
     rows += _health_rows(run) if run.train.script is None else []
     rows += _load_rows(run, begins)
     rows += _precision_rows(run.train)
+    rows += [("train.deterministic", "--deterministic-mode")] if run.train.deterministic else []
     if run.data.validation or run.data.stage:  # a validation is a round of the sets, and a run its stages, in order
         rows += [("data.validation and data.stage", "--dataloader-type", "single")]
     rows += _expert_rows(run, architecture, cpu)

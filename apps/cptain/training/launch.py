@@ -43,6 +43,13 @@ from cptain.training.stopping import Stop
 _GRACE = 10.0  # seconds for torchrun to end once its ranks have
 _MARK = "CPTAIN_TRAINING"  # a variable that all processes of one training inherit
 _LEFTOVERS = 2.0  # seconds for the processes of an ended torchrun to end by themselves
+# What --deterministic-mode asks for: the fork ends without NCCL_ALGO, torch without cuBLAS's, and Transformer Engine takes
+# an attention whose backward pass adds in any order without its own.
+DETERMINISTIC = {
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 _LOOK = 0.2  # seconds between two looks at what signals ask for
 
 
@@ -59,6 +66,8 @@ def _environment(run: RunFile, command: Command, error_file: Path) -> dict[str, 
     if run.parallel.tensor > 1 or run.parallel.context > 1:
         # Before Blackwell, Megatron orders communication by it.
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if run.train.deterministic:
+        environment |= DETERMINISTIC
     return environment
 
 

@@ -55,6 +55,7 @@ _SAID_BY = {
         --override-opt-param-scheduler --override-opt_param-scheduler --use-checkpoint-opt-param-scheduler
         --use-checkpoint-opt_param-scheduler
     """,
+    "train.deterministic": "--deterministic-mode",
     "train.precision": "--bf16 --fp16 --fp4-format --fp8-format",
     "train.recompute": """
         --checkpoint-activations --recompute-activations --recompute-granularity --recompute-method
