@@ -70,15 +70,18 @@ class Eight:
             "eval_interval": options.steps,
         }
         bench.file = make_run(folder, "tiny" if options.cpu else shape, layers, options.megabytes, train)
-        # Writes the blend, which the lab's row needs.
-        bench.cptain("bench", next(iter(variants)), bench.environment(INSTALLED, "0"), options.gpus)
+        gpus = bench.environment(INSTALLED, self.numbers(options.gpus))
+        bench.cptain("bench", next(iter(variants)), gpus, options.gpus)  # writes the blend, which the lab's row needs
         return bench
+
+    def numbers(self, gpus: int) -> str:
+        """Those of the first GPUs."""
+        return ",".join(map(str, range(gpus)))
 
     def rows(self, bench: Bench, rows: list[str], gpus: int, name: str = "") -> None:
         """Measure some on the first `gpus` GPUs, one after the other, and keep each."""
-        numbers = ",".join(map(str, range(gpus)))
         for row in rows:
-            result = bench.measure(row, numbers)
+            result = bench.measure(row, self.numbers(gpus))
             if name:
                 result["row"] = name
             self.results.append(result)
@@ -95,7 +98,8 @@ class Eight:
             variants["plan"] = proposed(bench.file, "bf16", options.gpus)
             variants["plan-fp8"] = [*proposed(bench.file, "fp8", options.gpus), FP8]
         rows = [f"{name}@{INSTALLED}" for name in variants if not (options.cpu and ("cp2" in name or "fp8" in name))]
-        self.rows(bench, rows + (["lab@fork"] if "fork" in bench.trees else []), options.gpus)
+        rows += ["lab@fork"] if "fork" in bench.trees else []
+        self.rows(bench, [row for row in rows if row.partition("@")[0] in (options.rows or row)], options.gpus)
 
     def scaling(self) -> None:
         """Some layers on one, two and all GPUs, each with its own batch."""
@@ -118,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=TREE", help="a tree of Megatron-LM")
     parser.add_argument("--only", choices=["whole", "scaling", "large"])
+    parser.add_argument("--rows", type=lambda rows: rows.split(","), help="of the whole 8B: dp,tp2-fp8,plan,lab,…")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--large-layers", type=int, default=20, help="of 70B's shape")

@@ -56,8 +56,8 @@ SHAPES = {
 }
 
 
-def measure(options: argparse.Namespace, name: str, number: int, gpu: str) -> dict[str, Any]:
-    """Train a shape; gives what was measured and what had been computed."""
+def make(options: argparse.Namespace, name: str, number: int) -> Bench:
+    """Model, data and checkpoint of a shape."""
     shape = SHAPES[name]
     folder = options.out.resolve() / f"plan-{number}"
     made = argparse.Namespace(**vars(options), folder=folder, seq=64 if options.cpu else shape.seq, peer=[])
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, name: str, number: int, gpu: str) -> di
     }
     model, layers = ("tiny", 2) if options.cpu else (shape.model, shape.layers)
     bench.file = make_run(folder, model, layers, options.megabytes, train)
-    return {"shape": name, **bench.measure(f"plan@{INSTALLED}", gpu)}
+    return bench
 
 
 def over(planned: float | None, measured: float) -> str:
@@ -105,6 +105,7 @@ def main() -> None:
     """Measure the shapes, and print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/bench/plan"), metavar="DIR")
+    parser.add_argument("--shapes", help="1,2,…: only these of the list")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--megabytes", type=int, default=10, help="of text")
     parser.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="of one training")
@@ -112,9 +113,12 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     waiting: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-    for entry in enumerate(SHAPES):
-        waiting.put(entry)
+    wanted = [int(number) for number in options.shapes.split(",")] if options.shapes else range(1, len(SHAPES) + 1)
+    for number, name in enumerate(SHAPES, 1):
+        if number in wanted:
+            waiting.put((number, name))
     results: dict[str, dict[str, Any]] = {}
+    making = threading.Lock()  # transformers' lazy imports fail where two threads ask for them at once
 
     def work(gpu: str) -> None:
         while True:
@@ -122,7 +126,9 @@ def main() -> None:
                 number, name = waiting.get_nowait()
             except queue.Empty:
                 return
-            results[name] = measure(options, name, number, gpu)
+            with making:
+                bench = make(options, name, number)
+            results[name] = {"shape": name, **bench.measure(f"plan@{INSTALLED}", gpu)}
             print(json.dumps({key: value for key, value in results[name].items() if key != "losses"}), flush=True)
 
     gpus = [""] if options.cpu else [str(gpu) for gpu in range(torch.cuda.device_count())]

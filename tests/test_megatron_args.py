@@ -139,6 +139,8 @@ def test_no_argument_of_megatron_is_taken_for_an_abbreviation(arguments: dict[st
         (["--recompute-granularity", "full"], "--recompute-granularity: set train.recompute"),
         (["--save", "x"], "--save: set work_dir and name"),
         (["--yaml-cfg", "x"], "--yaml-cfg: the run file says every argument"),
+        (["--fp8-param-gather"], "--fp8-param-gather: checkpoints and exports would hold weights rounded to fp8"),
+        (["--deterministic-mode"], "--deterministic-mode: set train.deterministic"),
         (["--data-path", "x"], "--data-path: set data.input and data.mix"),
         (["--per-split-data-args-path", "x"], "--per-split-data-args-path: set data.input and data.mix"),
         (["--mock-data"], "--mock-data: set data.input and data.mix"),

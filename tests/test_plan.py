@@ -217,7 +217,7 @@ def test_every_measured_training_is_predicted_from_others_of_half_to_twice_its_s
         seconds = step_seconds(changed(run, **train), rate.architecture, rate.layout, found)
         real = rate.seq_length * rate.global_batch_size / rate.tokens_per_second / rate.layout.gpus
         assert seconds == pytest.approx(real, rel=0.1), rate
-    assert len(predicted) == 13
+    assert len(predicted) == 17
 
 
 def test_stages_wait_and_layers_computed_again_take_time(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ class Train(Section):
     keep: how many checkpoints stay, the last ones; with keep_every also those at its multiples, in steps; and always
         the last of each start.
     eval_steps: batches of a validation.
-    deterministic: kernels and collectives that give the same bits each time, so that a run repeats itself, and a resumed
-        one at the same layout is the undisturbed one.
+    deterministic: kernels and collectives that give the same bits each time, so that a run repeats itself, and one that
+        is resumed at its layout is as if undisturbed.
     recompute: what the backward pass computes again: "full" all layers, a number so many of each pipeline stage;
         "auto": as few layers as let a step fit.
     max_loss_spike: nats a token that the loss of a step may be over the median of the 100 steps before it; more, or a

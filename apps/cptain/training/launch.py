@@ -43,8 +43,8 @@ from cptain.training.stopping import Stop
 _GRACE = 10.0  # seconds for torchrun to end once its ranks have
 _MARK = "CPTAIN_TRAINING"  # a variable that all processes of one training inherit
 _LEFTOVERS = 2.0  # seconds for the processes of an ended torchrun to end by themselves
-# What --deterministic-mode asks for: the fork ends without NCCL_ALGO, torch without cuBLAS's, and Transformer Engine takes
-# an attention whose backward pass adds in any order without its own.
+# What --deterministic-mode asks for. Without them the fork ends (NCCL's), torch ends (cuBLAS's), and Transformer Engine
+# takes an attention whose backward pass adds in any order.
 DETERMINISTIC = {
     "NCCL_ALGO": "Ring",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",

@@ -80,6 +80,10 @@ _BREAKS = {
         --ckpt-step --finetune --pretrained-checkpoint
     """,
     "checkpoints are torch_dist, which train and export read": "--ckpt-format --dist-ckpt-format --use-dist-ckpt",
+    # 4 layers of Llama 3.1 8B on an H100: 912 ms a step for 852, and a loss of 6.41 for 6.16 after 20 steps.
+    "checkpoints and exports would hold weights rounded to fp8, and the loss falls more slowly": """
+        --fp4-param-gather --fp8-param-gather
+    """,
     "torchrun tells the processes their ranks": "--lazy-mpu-init --local-rank --use-mpi",
 }
 
