@@ -110,9 +110,7 @@ def test_a_deterministic_run_has_the_flag_and_the_variables_that_it_wants(
 ) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")  # Megatron ends where it finds this one
     script = tmp_path / "say.py"
-    script.write_text(
-        "import json, os, sys\njson.dump([sys.argv, dict(os.environ)], open(sys.path[0] + '/said', 'w'))"
-    )
+    script.write_text("import json, os, sys\njson.dump([sys.argv, dict(os.environ)], open(sys.path[0] + '/said', 'w'))")
     for deterministic in (False, True):
         file = make_ready_run(train__script=str(script), train__deterministic=deterministic)
         cptain("train", file, "--cpu")
