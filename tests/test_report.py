@@ -93,6 +93,34 @@ def test_the_numbers_on_the_page_are_those_of_the_log(trained_run: Path, tmp_pat
     assert "max_loss_spike = 2.0" in text
 
 
+def test_scores_in_tasks_are_shown_by_their_settings_as_eval_recorded_them(make_run: RunFileMaker) -> None:
+    def score(model: str, value: float, few_shot: int | None) -> dict[str, Any]:
+        of = {"task": "ja", "asked": "ja", "metric": "acc,none", "error": 0.01, "higher_is_better": True}
+        more = {"weights": "", "version": "1", "harness": "", "samples": 100, "limit": None}
+        return {"model": model, "value": value, "few_shot": few_shot, **of, **more}
+
+    run = load_run(file := make_run())
+    train(run, 3.0, 2.0)
+    scores = [score("base", 0.5, None), score("iter_0000002", 0.625, None), score("base", 0.25, 4)]
+    (run.folder / "eval.json").write_text(json.dumps(scores))
+    assert cptain("report", file).exit_code == 0
+    page = run.folder / "report.html"
+    assert tables(page)[-2:] == [
+        [
+            ["task", "metric", "questions", "base", "iter_0000002", "change"],
+            ["ja", "acc", "100", "0.5 ± 0.01", "0.625 ± 0.01", "+0.125 better *"],
+        ],
+        [["task", "metric", "questions", "base"], ["ja", "acc", "100", "0.25 ± 0.01"]],
+    ]
+    headings = re.findall("<h3>(.*?)</h3>", page.read_text(encoding="utf-8"))
+    assert headings[-2:] == ["Tasks", "Tasks, 4 examples before each question"]
+    (run.folder / "eval.json").write_text("{")
+    broken = cptain("report", file)
+    assert broken.exit_code == 1
+    assert f"{run.folder / 'eval.json'}: " in broken.output
+    assert "take it away to evaluate anew" in broken.output
+
+
 def test_a_page_loads_nothing_and_has_the_licence_of_what_it_embeds(make_run: RunFileMaker) -> None:
     run = load_run(file := make_run())
     train(run, 3.0, 2.0)

@@ -245,9 +245,20 @@ def evaluate(
 
 
 def table(scores: list[Score]) -> str:
-    """Scores as lines: a metric a line and a model a column, and what the last model gained or lost.
+    """Scores as lines: `rows` under their headings."""
+    of_rows = rows(scores)
+    cells = [list(of_rows[0]), *(list(row.values()) for row in of_rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if any(line.endswith("*") for line in lines):
+        lines.append(f"* beyond {_CLEAR:g} standard errors of the difference")
+    return "\n".join(lines)
 
-    Of a group the line is the group's own, where it has one.
+
+def rows(scores: list[Score]) -> list[dict[str, str]]:
+    """Scores of equal settings: a metric a row and a model a column, and what the last model gained or lost.
+
+    Of a group the row is the group's own, where it has one.
     """
     groups = {one.asked for one in scores if one.task == one.asked}
     shown = [one for one in scores if one.task == one.asked or one.asked not in groups]
@@ -255,17 +266,25 @@ def table(scores: list[Score]) -> str:
     by_row: dict[tuple[str, str], dict[str, Score]] = {}
     for one in shown:
         by_row.setdefault((one.task, one.metric), {})[one.model] = one
-    rows = [["task", "metric", "questions", *models, *(["change"] if len(models) > 1 else [])]]
-    for (task, metric), found in by_row.items():
-        some = next(iter(found.values()))
-        values = [_value(found[model]) if model in found else "" for model in models]
-        change = [_change(found.get(models[0]), found.get(models[-1]))] if len(models) > 1 else []
-        rows.append([task, metric.removesuffix(",none"), str(some.samples), *values, *change])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if any(line.endswith("*") for line in lines):
-        lines.append(f"* beyond {_CLEAR:g} standard errors of the difference")
-    return "\n".join(lines)
+    found = []
+    for (task, metric), of_model in by_row.items():
+        some = next(iter(of_model.values()))
+        row = {"task": task, "metric": metric.removesuffix(",none"), "questions": str(some.samples)}
+        row |= {model: _value(of_model[model]) if model in of_model else "" for model in models}
+        if len(models) > 1:
+            row["change"] = _change(of_model.get(models[0]), of_model.get(models[-1]))
+        found.append(row)
+    return found
+
+
+def rows_by_settings(run: RunFile) -> dict[str, list[dict[str, str]]]:
+    """All scores of <run>/eval.json as `rows`, by the settings that they have alike, in words."""
+    by_settings: dict[str, list[Score]] = {}
+    for one in read_scores(run):
+        few = "" if one.few_shot is None else f", {one.few_shot} examples before each question"
+        limit = "" if one.limit is None else f", the first {one.limit} questions"
+        by_settings.setdefault(few + limit, []).append(one)
+    return {words: rows(scores) for words, scores in by_settings.items()}
 
 
 def _value(score: Score) -> str:

@@ -1,7 +1,8 @@
 """What a run left, as the report shows it: plain values, by name.
 
 The numbers of plots and finals are those of <run>/logs/metrics.jsonl, through `read_metrics`, and of nothing else. What
-else is shown is what the stages recorded: history, manifest, plan.jsonl, verify.json, the first lines of the log.
+else is shown is what the stages recorded: history, manifest, plan.jsonl, verify.json, eval.json, and the first lines of
+the log.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from cptain.checkpoint.evaluate import rows_by_settings
 from cptain.data.epochs import exposures
 from cptain.data.manifest import read_manifest
 from cptain.data.steps import known_steps
@@ -262,7 +264,7 @@ def document(run: RunFile) -> Values | None:
     """All that the report shows of a run; None where nothing was trained yet.
 
     Raises:
-        CptainError: a history that cannot be read.
+        CptainError: a history or an eval.json that cannot be read.
     """
     starts = read_history(run.folder)
     metrics = _counted(read_metrics(metrics_file(run)), starts)
@@ -290,6 +292,7 @@ def document(run: RunFile) -> Values | None:
             "Validation": _validated(metrics),
             "As planned and as measured": _plan(run),
             "Checkpoints": _checkpoints(run, metrics),
+            **{f"Tasks{settings}": rows for settings, rows in rows_by_settings(run).items()},
         },
         "texts": {
             "Run file, as it was resolved": tomli_w.dumps(resolved),
