@@ -1,5 +1,6 @@
 """cptain import-script: arguments become keys, and what does not is said."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ done"""
 def test_weights_become_tables_and_equal_ones_a_word(tmp_path: Path) -> None:
     pairs = "--data-path 845605789 /d/ja_text_document 30221726.23 /d/en_text_document 1 /d/ja_text_document"
     weighted = mapped(tmp_path, f"{NEEDED} {pairs}")
-    assert weighted.mix == [
+    assert weighted.tables["data.mix"] == [
         {"input": "/d/ja_text_document", "weight": 845605790.0},
         {"input": "/d/en_text_document", "weight": 30221726.23},
     ]
@@ -85,8 +86,48 @@ def test_weights_become_tables_and_equal_ones_a_word(tmp_path: Path) -> None:
     unlike = mapped(
         tmp_path, f"{NEEDED} --data-path $DATA 2 /d/one", 'for F in /d/*.bin; do DATA="$DATA 1 ${F%.bin}"; done'
     )
-    assert unlike.mix == [{"input": "/d/*", "weight": 1.0}, {"input": "/d/one", "weight": 2.0}]
+    assert unlike.tables["data.mix"] == [{"input": "/d/*", "weight": 1.0}, {"input": "/d/one", "weight": 2.0}]
     assert any("each of its files has weight 1 in the script" in what for what in unlike.differs)
+
+
+WITHOUT_DATA = f"{NEEDED} --tokenizer-model org/model"
+
+
+def test_what_the_script_validates_with_becomes_sets(tmp_path: Path) -> None:
+    paths = "--train-data-path 2 /d/a 1 /d/b --valid-data-path /v/ja_text_document 'v 2/ja_text_document' /v/*"
+    keys, lines = imported(tmp_path, f"{WITHOUT_DATA} {paths} --test-data-path /t/x")
+    data = keys["data"]
+    assert data["mix"] == [{"input": "/d/a", "weight": 2}, {"input": "/d/b", "weight": 1}]
+    assert data["split"] == "1,0,0"
+    assert data["validation"] == [
+        {"name": "ja", "tokenized": "/v/ja_text_document"},
+        {"name": "ja-2", "tokenized": "v 2/ja_text_document"},
+        {"name": "v", "tokenized": "/v/*"},
+    ]
+    said = "\n".join(lines)
+    assert "--valid-data-path: the script has one loss of all its pairs; here each is a set with its own loss" in said
+    assert "--test-data-path: no set is kept for a test after the training" in said
+    assert [one.name for one in load_run(tmp_path / "out.toml").data.validation] == ["ja", "ja-2", "v"]
+    none = imported(tmp_path, f"{WITHOUT_DATA} {paths} --eval-iters 0")[0]
+    assert "validation" not in none["data"]
+
+
+def test_data_that_a_file_says_is_read_where_it_is_here(tmp_path: Path) -> None:
+    (tmp_path / "blend.txt").write_text("3 /d/a\n1 /d/b\n")
+    data = imported(tmp_path, f"{WITHOUT_DATA} --data-args-path blend.txt")[0]["data"]
+    assert data["mix"] == [{"input": "/d/a", "weight": 3}, {"input": "/d/b", "weight": 1}]
+    assert data["split"] == "969,30,1"
+    blends = {"train": ["1", "/d/a", "1", "/d/b"], "valid": "/v/ja", "test": None}
+    (tmp_path / "blends.json").write_text(json.dumps(blends))
+    data = imported(tmp_path, f"{WITHOUT_DATA} --per-split-data-args-path {tmp_path}/blends.json")[0]["data"]
+    assert (data["mix"], data["split"]) == ("uniform", "1,0,0")
+    assert data["validation"] == [{"name": "ja", "tokenized": "/v/ja"}]
+    for words in ("--data-args-path away.txt", "--per-split-data-args-path $ELSEWHERE/blends.json"):
+        keys, lines = imported(tmp_path, f"{WITHOUT_DATA} {words}")
+        flag, file = words.split()
+        assert any(line.startswith(f"OTHER THAN THE SCRIPT: {flag} ") and file in line for line in lines), lines
+        assert keys["data"]["tokenized"] == ["/path/to/tokenized/data/**/*"]
+        assert "validation" not in keys["data"]
 
 
 SCHEDULES = {
@@ -102,6 +143,7 @@ SCHEDULES = {
     "--lr-decay-style WSD --lr-wsd-decay-iters 20 --lr-wsd-decay-style minus_sqrt": {"decay_style": "minus_sqrt"},
     "--lr-warmup-samples 80 --lr-decay-samples 800": {"warmup_steps": 10},
     "--weight-decay 0.2 --adam-beta2 0.95 --seed=7": {"weight_decay": 0.2, "adam_beta2": 0.95, "seed": 7},
+    "--eval-iters 0": {"eval_steps": 0},
     "--fp8-format hybrid": {"precision": "fp8", "fp8_recipe": "delayed"},
     "--fp8-format hybrid --fp8-recipe tensorwise": {"precision": "fp8"},
 }
@@ -148,7 +190,6 @@ def test_a_difference_stands_in_the_run_file(tmp_path: Path) -> None:
     for arguments, what in (
         ("--fp16", "--fp16: cptain trains in bf16"),
         ("--lr-decay-style inverse-square-root", "--lr-decay-style inverse-square-root: cptain has"),
-        ("--eval-iters 0", "--eval-iters 0: the script does not validate"),
         ("", "the script begins with random weights"),
         ("--ckpt-convert-format torch", "--ckpt-convert-format: this start converts a checkpoint"),
         ("--bf16 $UNSET", "--bf16 $UNSET: $UNSET: known on the cluster only"),

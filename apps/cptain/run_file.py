@@ -113,6 +113,12 @@ class RunFile(Section):
         return self
 
     @model_validator(mode="after")
+    def _validates_with_its_sets(self) -> Self:
+        if self.data.validation and not self.train.eval_steps:
+            raise ValueError("train.eval_steps = 0: no validation is made, and data.validation is given: leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _masks_where_it_can(self) -> Self:
         if self.data.documents == "masked" and self.train.script is not None:
             raise ValueError(

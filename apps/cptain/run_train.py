@@ -46,7 +46,7 @@ class Train(Section):
         of its last 1024 steps; "blockwise" 1 × 128 or 128 × 128 values.
     keep: how many checkpoints stay, the last ones; with keep_every also those at its multiples, in steps; and always
         the last of each start.
-    eval_steps: batches of a validation.
+    eval_steps: batches of a validation; 0: none is made.
     deterministic: kernels and collectives that give the same bits each time, so that a run repeats itself, and one that
         is resumed at its layout is as if undisturbed.
     recompute: what the backward pass computes again: "full" all layers, a number so many of each pipeline stage;
@@ -91,7 +91,7 @@ class Train(Section):
     keep: PositiveInt | Literal["all"] = "all"
     keep_every: PositiveInt | None = None
     eval_interval: PositiveInt = 100
-    eval_steps: PositiveInt = 1
+    eval_steps: NonNegativeInt = 1
     max_loss_spike: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     step_timeout: Duration = "00:08:00"
     megatron_args: list[str] = Field(default_factory=list)

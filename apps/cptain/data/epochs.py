@@ -92,7 +92,7 @@ def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, .
         f"{run.train.tokens_per_step:,} tokens: {human(seen)} in all, {epochs} epochs"
     )
     last: tuple[str, ...] = ()
-    if lacks_validation(run.data_folder, records, run.data.split):
+    if run.train.eval_steps and lacks_validation(run.data_folder, records, run.data.split):
         last = (
             f"no validation: no file has a document in that part of data.split = {run.data.split}, which is cut from "
             "every file by itself",

@@ -50,7 +50,7 @@ class Mapping:
         differs: what the run would do otherwise than the script, in words.
         of_model: arguments that the model's config.json says.
         passed: arguments for train.megatron_args.
-        mix: [[data.mix]] tables.
+        tables: those of [[data.mix]] and of [[data.validation]], by name.
     """
 
     script: Script
@@ -60,7 +60,7 @@ class Mapping:
     differs: list[str] = field(default_factory=list)
     of_model: list[Argument] = field(default_factory=list)
     passed: list[Argument] = field(default_factory=list)
-    mix: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"data.mix": [], "data.validation": []})
     done: set[str] = field(default_factory=set)
 
     def put(self, key: str, value: Any, note: str = "", *flags: str) -> None:
@@ -234,9 +234,6 @@ def _plain_keys(mapping: Mapping) -> None:
         if text is None and (text := DEFAULTS.get(flag)) is None:
             continue
         value = mapping.as_number(flag, text)
-        if flag == "--eval-iters" and value < 1:
-            mapping.differs.append("--eval-iters 0: the script does not validate; here a validation is one batch")
-            value = 1
         note = "" if mapping.given(flag) is not None else "Megatron's default, as the script says nothing"
         mapping.put(key, int(value) if name.endswith(_WHOLE) or flag == "--eval-iters" else value, note, flag)
     if "train.save_interval" not in mapping.keys:

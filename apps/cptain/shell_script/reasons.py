@@ -70,7 +70,7 @@ _REASONS = {
     "cptain itself sends W&B the numbers, by wandb.project and the run's name": """
         --wandb-project --wandb-entity --wandb-exp-name --wandb-name --wandb-offline
     """,
-    "data.tokenized and data.mix say it": """
+    "data.tokenized, data.mix and data.validation say it": """
         --data-path --data-args-path --train-data-path --valid-data-path --test-data-path --per-split-data-args-path
     """,
     "model.hf says it": "--tokenizer-model --tokenizer-type --vocab-file --merge-file --tokenizer-hf-*",

@@ -139,6 +139,7 @@ def run_text(mapping: Mapping) -> str:
             rows.append(("megatron_args", json.dumps(words, ensure_ascii=False), ""))
         if rows:
             lines += ["", f"[{section}]", *_table(rows)]
-        for part in mapping.mix if section == "data" else ():
-            lines += ["", "[[data.mix]]", *_table([(key, value(thing), "") for key, thing in part.items()])]
+        for name, tables in mapping.tables.items() if section == "data" else ():
+            for one in tables:
+                lines += ["", f"[[{name}]]", *_table([(key, value(thing), "") for key, thing in one.items()])]
     return "\n".join(lines) + "\n"

@@ -234,6 +234,9 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     datasets: list[Any] = []
     ends = list(itertools.accumulate((float(part) for part in args.split.split(",")), initial=0.0))
     for place in range(3):
+        if place and not args.eval_iters:
+            datasets.append(None)
+            continue
         if place == 1 and _validation_sets:
             datasets.append(
                 validation.build(_validation_sets, args, lambda one, count: sequences([one], None, 1, [count] * 3))
