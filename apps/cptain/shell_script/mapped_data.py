@@ -1,4 +1,4 @@
-"""The data and the model of a script as keys: pairs with their weights, what is validated with, and whose tokenizer it is."""
+"""The data and the model of a script as keys: pairs and weights, what it validates with, whose tokenizer it is."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def map_data(mapping: Mapping) -> None:
     _split(mapping, flag)
     _validation(mapping, _TRAINED_ON[flag] or "--valid-data-path", words["valid"])
     if words["test"]:
-        mapping.differs.append(f"{_TRAINED_ON[flag] or '--test-data-path'}: no set is kept for a test after the training")
+        mapping.differs.append(
+            f"{_TRAINED_ON[flag] or '--test-data-path'}: no set is kept for a test after the training"
+        )
     flags = {one.flag for one in mapping.script.arguments}
     if "--use-mpi" in flags and not flags & _OF_OTHER_FORKS:
         mapping.put(
@@ -69,7 +71,7 @@ def map_data(mapping: Mapping) -> None:
 def _words(mapping: Mapping, flag: str) -> dict[str, list[str]]:
     """What the script trains on, validates and tests with: weights and prefixes, as Megatron reads them.
 
-    --data-args-path names a file of them, and --per-split-data-args-path one of JSON; both are read where they are here.
+    --data-args-path names a file of them, --per-split-data-args-path one of JSON; they are read where they are here.
     """
     script = mapping.script
     given = {one.flag: one.values for one in script.arguments}
@@ -86,7 +88,7 @@ def _words(mapping: Mapping, flag: str) -> dict[str, list[str]]:
         }
     except (OSError, ValueError, AttributeError, TypeError) as error:
         mapping.differs.append(f"{flag} {file}: not here to be read ({one_line(error)})")
-        return dict.fromkeys(words, [])
+        return {name: [] for name in words}
 
 
 def _prefixes(mapping: Mapping, flag: str, words: list[str]) -> dict[str, float | None]:
@@ -116,7 +118,9 @@ def _validation(mapping: Mapping, flag: str, words: list[str]) -> None:
         alike = sum(one["name"] == name or one["name"].startswith(f"{name}-") for one in tables)
         tables.append({"name": f"{name}-{alike + 1}" if alike else name, "tokenized": path})
     if len(prefixes) > 1:
-        mapping.differs.append(f"{flag}: the script has one loss of all its pairs; here each is a set with its own loss")
+        mapping.differs.append(
+            f"{flag}: the script has one loss of all its pairs; here each is a set with its own loss"
+        )
 
 
 def _line(mapping: Mapping, flag: str) -> int:
