@@ -30,7 +30,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from cptain.batches import Ramp, sequences
-from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
+from cptain.megatron import cross_entropy, no_tokenizer, saving, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
@@ -303,6 +303,7 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     from megatron.training import pretrain
 
     no_tokenizer.install()
+    saving.install()
     resumed_optimizer.install()
     for ramp in _ramp:
         batch_ramp.install(ramp)
