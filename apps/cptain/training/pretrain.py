@@ -34,6 +34,7 @@ from cptain.megatron import cross_entropy, no_tokenizer, saving, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
+from cptain.processes import end
 from cptain.training import batch_ramp, order, packing, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
@@ -375,10 +376,13 @@ def main() -> None:
             finally:
                 _say_peak()
     except SystemExit as stop:
-        if stop.code in (None, 0) and not _stopped_as_asked():
+        if stop.code not in (None, 0):
+            raise
+        if not _stopped_as_asked():
             raise RuntimeError("Megatron gave up before the first step; its log says why") from stop
-        raise
 
 
 if __name__ == "__main__":
     main()
+    if CPU:
+        end(0)
