@@ -16,6 +16,7 @@ the reason as the last line. How far it came is in the checkpoint's tracker.
 
 import argparse
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -25,6 +26,9 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # and not in Megatron's spawned children, which come no further
+    gc.disable()  # until all is imported: of what stays, the collector's looks took an eighth of a rank's CPU
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -303,6 +307,8 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    gc.freeze()
+    gc.enable()
     no_tokenizer.install()
     saving.install()
     resumed_optimizer.install()
