@@ -175,7 +175,7 @@ def test_a_ramp_of_megatron_s_becomes_steps(tmp_path: Path) -> None:
 
     newer = imported(tmp_path, f'{SAMPLES} --step-batch-size-schedule "0:16 0.0064M:32" {DATA}')[0]["train"]
     assert newer["batch_ramp"] == [[16, 7]]  # 6,400 tokens are 100 sequences
-    assert newer["global_batch_size"] == 32
+    assert (newer["global_batch_size"], newer["steps"]) == (32, 35)  # 112 sequences, then 28 times 32
 
 
 @pytest.mark.parametrize(

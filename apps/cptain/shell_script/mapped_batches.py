@@ -92,7 +92,7 @@ def steps_of(mapping: Mapping, samples: float) -> float:
 
 
 def whole_steps(mapping: Mapping, samples: int) -> int:
-    """Steps of --train-samples: Megatron leaves the samples out that fill no step."""
+    """Steps of --train-samples: Megatron leaves out the samples that fill no step, but not of a schedule."""
     ramp, batch = mapping.keys.get("train.batch_ramp", []), mapping.keys["train.global_batch_size"]
     steps = batches.steps_for(ramp, batch, samples)
-    return steps - (batches.sequences(ramp, batch, steps) > samples)
+    return steps - (not mapping.given(_SCHEDULE) and batches.sequences(ramp, batch, steps) > samples)
