@@ -22,7 +22,7 @@ def image() -> Path:
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of xdist's processes builds, and the others wait for it
         if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-            built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
+            built = make("-j2", "image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
             assert built.returncode == 0, built.stdout[-4000:]
     return file
 
