@@ -7,11 +7,14 @@ node1, ...) and ends; there is no server. FOLDER has a JSON file a job, with the
 
     kill_delay    seconds between the two SIGTERMs of a deletion, and from the second to SIGKILL; default 5
     first_only    if it is there, qstat prints the first of several jobs alone, as OpenPBS's master branch does
+    full          if it is there, no job starts: one that waits for nothing is queued
 
 The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`;
 OMP_NUM_THREADS is the cores of the node; a job starts in $HOME; its output is in a spool until it ends, and then for
-its owner alone but for -W umask; chunks are packed on one host unless place=scatter; deleting a waiting job deletes
-what hangs on it; a deleted or late job gets SIGTERM twice.
+its owner alone but for -W umask; chunks are packed on one host unless place=scatter; a deleted or late job gets SIGTERM
+twice. Of a job that is deleted before it began: if it waits for others, what waits for it is deleted too; if it is
+queued, what waits for it is held for ever, but an array lets it go. `depend` of qstat names what a job waits for until
+that has ended, and what waits for it.
 """
 
 import json
@@ -29,6 +32,7 @@ from typing import Any
 SERVER = "pbs0"
 ENDED, UNKNOWN = 35, 153  # exit statuses of qstat
 CORES = "16"
+DELETED, WITH_ANOTHER = 91, 92  # substates of jobs that never ran
 
 
 class Folder:
@@ -92,6 +96,7 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
         job,
         Job_Name=said.get("-N", script.name),
         job_state="H" if "depend" in said["-W"] else "Q",
+        Hold_Types="s" if "depend" in said["-W"] else "n",
         Variable_List=dict(word.split("=", 1) for word in given if word) | {"PBS_O_WORKDIR": os.getcwd()},
         Resource_List=said["-l"],
         Submit_arguments=shlex.join(arguments),
@@ -107,21 +112,41 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
     return 0
 
 
+def waits_for(folder: Folder, content: dict[str, Any]) -> list[str]:
+    """The jobs that one depends on and that have not let it go."""
+    named = [one for one in content.get("depend", "").split(":")[1:] if folder.file(one).exists()]
+    read = {one: folder.read(one) for one in named}
+    return [one for one in named if read[one]["job_state"] != "F" or not {"run_count", "array"} & set(read[one])]
+
+
+def lost(folder: Folder, content: dict[str, Any]) -> bool:
+    """One of them was deleted while it waited itself."""
+    ended = [one for one in map(folder.read, waits_for(folder, content)) if one["job_state"] == "F"]
+    return any(one["Hold_Types"] == "s" for one in ended)
+
+
 def run(folder: Folder, job: str) -> int:
     """The process of a job."""
     content, deleted = folder.read(job), folder.file(job, "deleted")
-    depends = [one for one in content.get("depend", "").split(":")[1:] if folder.file(one).exists()]
-    while any(folder.read(one)["job_state"] != "F" for one in depends) and not deleted.exists():
+    while not deleted.exists():
+        if lost(folder, content):
+            folder.write(job, job_state="F", substate=WITH_ANOTHER, Hold_Types="s")
+            return 0
+        if not waits_for(folder, content):
+            folder.write(job, job_state="Q", Hold_Types="n")
+            if not (folder.path / "full").exists():
+                break
         time.sleep(0.02)
-    if deleted.exists() or any("run_count" not in folder.read(one) for one in depends):  # one was deleted as it waited
-        folder.write(job, job_state="F")
+    else:
+        folder.write(job, job_state="F", substate=DELETED, Hold_Types="s" if waits_for(folder, content) else "n")
         return 0
     folder.write(job, job_state="B" if "array" in content else "R", run_count=1)
     tasks = int(content["array_indices_submitted"].partition("-")[2]) if "array" in content else 0
     status = 0
     for task in range(1, tasks + 1):
         name = job.replace("[]", f"[{task}]")
-        folder.write(name, **{key: content[key] for key in content if not key.startswith("array")}, array_id=job)
+        copied = {key: content[key] for key in content if not key.startswith("array")}
+        folder.write(name, **copied, array_id=job, array_index=task)
         status = max(status, execute(folder, name, job, str(task)) != 0)
     if tasks:
         folder.write(job, job_state="F", Exit_status=status)
@@ -207,8 +232,21 @@ def qstat(folder: Folder, arguments: list[str]) -> int:
         jobs = jobs[:1]
     files = [file for job in jobs for file in (folder.file(job), *_tasks(folder, job))]
     found = {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in files}
+    for job in jobs:
+        found[job].pop("depend", None)
+        if depend := _depend(folder, job):
+            found[job]["depend"] = depend
     print(json.dumps({"timestamp": int(time.time()), "pbs_server": SERVER, "Jobs": found}, indent="\t"))
     return 0
+
+
+def _depend(folder: Folder, job: str) -> str:
+    every = {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in folder.path.glob("*.json")}
+    after, kind = waits_for(folder, every[job]), every[job].get("depend", "").partition(":")[0]
+    before = [other for other in every if job in every[other].get("depend", "").split(":")[1:]]
+    kinds = {kind: after, kind.replace("after", "before") or "beforeany": before}
+    listed = {kind: "".join(f":{one}@{SERVER}" for one in names) for kind, names in kinds.items()}
+    return ",".join(kind + names for kind, names in listed.items() if names)
 
 
 def _tasks(folder: Folder, job: str) -> list[Path]:

@@ -33,7 +33,7 @@ def state_words(text: str) -> list[tuple[str, str, str]]:
         ("qstat-deleted", [("5.pbs0", "ending", "pbs0")]),
         ("qstat-exit7", [("1.pbs0", "failed", "exit status 7")]),
         ("qstat-queued-too-big", [("6.pbs0", "queued", "Can Never Run: Not enough total nodes available")]),
-        ("qstat-afterok-of-a-failed-job", [("2.pbs0", "never ran", "depends on afterok:1.pbs0@pbs0")]),
+        ("qstat-afterok-of-a-failed-job", [("2.pbs0", "never ran", "depends on afterok:1.pbs0")]),
         (
             "qstat-array-task3-exit7",
             [("3[].pbs0", "done", ""), ("3[].pbs0", "done", ""), ("3[].pbs0", "failed", "exit status 7")],
@@ -85,7 +85,7 @@ def test_the_state_of_submitted_jobs_is_what_cptain_makes_of_the_scheduler_s_out
     done = subprocess.run(["bash", submit, "--state"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "preprocess  3[].pbs0  2 done, 1 failed  exit status 7",
+        "preprocess  3[].pbs0  2 done, 1 failed  task 3: exit status 7",
         "convert     1.pbs0    unknown",
     ]
 

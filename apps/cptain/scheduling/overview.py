@@ -126,8 +126,24 @@ def submissions(work_dir: Path) -> dict[Path, Path]:
     return found
 
 
-def _job(submitted: Path, scripts: Path, stage: str) -> tuple[str | None, str | None, float | None]:
-    """The job of a run that matters now, how it is, and when the scheduler told so; "submitted" where it has not."""
+@dataclass(frozen=True)
+class _Job:
+    """The job of a run that matters now.
+
+    Attributes:
+        id: the scheduler's; None where there is none.
+        word: how it is; "submitted" where the scheduler has not told yet.
+        told: when it has.
+        blocked: the first job of the run that waits for one that never began, and would for ever.
+    """
+
+    id: str | None = None
+    word: str | None = None
+    told: float | None = None
+    blocked: str | None = None
+
+
+def _job(submitted: Path, scripts: Path, stage: str) -> _Job:
     told: dict[str, Any] = {"time": None, "words": {}}
     with suppress(OSError, ValueError):
         if told_file(submitted).stat().st_mtime >= submitted.stat().st_mtime:  # else of an earlier submission
@@ -142,11 +158,13 @@ def _job(submitted: Path, scripts: Path, stage: str) -> tuple[str | None, str | 
     of_stage = [one.job for one in jobs if one.name.startswith(stage)] or [one.job for one in jobs[-1:]]
     alive = [job for job in of_stage if any(word in words.get(job, "") for word in _ALIVE)]
     job = next(iter(alive or of_stage[-1:]), None)
-    return job, words.get(job, "submitted") if job else None, told["time"]
+    blocked = next((one.job for one in jobs if words.get(one.job) == "blocked"), None)
+    return _Job(job, words.get(job, "submitted") if job else None, told["time"], blocked)
 
 
-def _next(run: RunFile, stage: str, word: str | None, saved: int, starts: list[Start]) -> str:
+def _next(run: RunFile, stage: str, job: _Job, saved: int, starts: list[Start]) -> str:
     """What to do."""
+    word = job.word
     if stage == "done":
         return ""
     failed = stage == "train" and starts and starts[-1].outcome.startswith(("failed", "killed"))
@@ -160,6 +178,8 @@ def _next(run: RunFile, stage: str, word: str | None, saved: int, starts: list[S
         return f"bash {submit} --state"
     stages = {"train": " train export", "export": " export"}.get(stage, "")
     do = f"bash {submit}{stages}" if submit.exists() else f"cptain {stage} {run.folder / 'run.toml'}"
+    if job.blocked:  # PBS deletes those behind it with it
+        do = f"qdel {job.blocked}, then {do}"
     return f"{starts[-1].outcome}; then {do}" if failed else do
 
 
@@ -179,7 +199,7 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
     stage = _stage(run, saved, steps, exported)
     done = [line for line in lines if "loss" in line]
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    job, word, told = _job(submitted, (run.folder / "jobs").resolve(), stage) if submitted else (None, None, None)
+    job = _job(submitted, (run.folder / "jobs").resolve(), stage) if submitted else _Job()
     seconds = sorted(line["step_seconds"] for line in done)
     speeds = sorted(line["tokens_per_second"] for line in done)
     step = done[-1]["step"] if done else None
@@ -188,9 +208,9 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
     return Overview(
         name=run.name,
         stage=stage,
-        job=job,
-        word=word,
-        told=told,
+        job=job.id,
+        word=job.word,
+        told=job.told,
         step=step,
         steps=steps,
         loss=done[-1]["loss"] if done else None,
@@ -199,7 +219,7 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
         seconds_left=left,
         checkpoint=saved,
         exported=exported,
-        next=_next(run, stage, word, saved or 0, starts),
+        next=_next(run, stage, job, saved or 0, starts),
     )
 
 

@@ -55,7 +55,9 @@ def map_data(mapping: Mapping) -> None:
     _split(mapping, flag)
     _validation(mapping, _TRAINED_ON[flag] or "--valid-data-path", words["valid"])
     if words["test"]:
-        mapping.differs.append(f"{_TRAINED_ON[flag] or '--test-data-path'}: no set is kept for a test after the training")
+        mapping.differs.append(
+            f"{_TRAINED_ON[flag] or '--test-data-path'}: no set is kept for a test after the training"
+        )
     flags = {one.flag for one in mapping.script.arguments}
     if "--use-mpi" in flags and not flags & _OF_OTHER_FORKS:
         mapping.put(
@@ -116,7 +118,9 @@ def _validation(mapping: Mapping, flag: str, words: list[str]) -> None:
         alike = sum(one["name"] == name or one["name"].startswith(f"{name}-") for one in tables)
         tables.append({"name": f"{name}-{alike + 1}" if alike else name, "tokenized": path})
     if len(prefixes) > 1:
-        mapping.differs.append(f"{flag}: the script has one loss of all its pairs; here each is a set with its own loss")
+        mapping.differs.append(
+            f"{flag}: the script has one loss of all its pairs; here each is a set with its own loss"
+        )
 
 
 def _line(mapping: Mapping, flag: str) -> int:
