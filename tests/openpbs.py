@@ -146,7 +146,7 @@ def run(folder: Folder, job: str) -> int:
     for task in range(1, tasks + 1):
         name = job.replace("[]", f"[{task}]")
         copied = {key: content[key] for key in content if not key.startswith("array")}
-        folder.write(name, **copied, array_id=job, array_index=task)
+        folder.write(name, **copied, array_id=job)
         status = max(status, execute(folder, name, job, str(task)) != 0)
     if tasks:
         folder.write(job, job_state="F", Exit_status=status)

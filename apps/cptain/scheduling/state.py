@@ -80,13 +80,18 @@ def _pbs(text: str) -> Iterator[State]:
             gone.add(document["purged"])
             yield State(document["purged"], "purged", "PBS has forgotten it")
     gone |= {name for name, job in jobs.items() if job.get("job_state") == "F" and "Exit_status" not in job}
+    held = {name for name, job in jobs.items() if job.get("array") == "True" and job.get("job_state") in ("H", "W")}
     for name, job in jobs.items():
-        if job.get("array") == "True" and any(_ARRAY_TASK.sub("[]", other) == name != other for other in jobs):
+        array = _ARRAY_TASK.sub("[]", name)
+        if array != name and array in held:
+            continue  # qstat says of its tasks that they are queued
+        tasks = (other for other in jobs if _ARRAY_TASK.sub("[]", other) == name != other)
+        if job.get("array") == "True" and name not in held and any(tasks):
             continue  # its tasks say more
-        state = _pbs_job(_ARRAY_TASK.sub("[]", name), job, gone)
+        state = _pbs_job(array, job, gone)
         if state.word == "blocked":
             gone.add(name)  # and so is what waits for it: jobs come in the order of their submission
-        yield replace(state, task=str(job["array_index"])) if "array_index" in job else state
+        yield replace(state, task="".join(re.findall(r"\[(\d+)\]", name)))
 
 
 def _pbs_job(identity: str, job: dict[str, Any], gone: set[str]) -> State:
@@ -278,7 +283,7 @@ def _detail(found: list[State]) -> str:
     if wrong:
         return "; ".join(f"task{'s' * (len(tasks) > 1)} {', '.join(tasks)}: {why}" for why, tasks in wrong.items())
     running = [state.detail for state in found if state.word == "running"]
-    if len(running) > 1:
+    if running:
         return ", ".join(dict.fromkeys(host for hosts in running for host in hosts.split(", ") if host))
     return next((state.detail for state in found if state.detail), "")
 
