@@ -101,6 +101,22 @@ def _environment(site: Site) -> list[str]:
     return lines
 
 
+def _needed(site: Site, name: str) -> list[str]:
+    """Lines of a script that refuse variables in the site's values which the job has not: a folder would be empty, or
+    at the root. ${NAME:-default} needs none.
+    """
+    folders = {"scratch": site.scratch, "cache": site.cache}
+    lines = []
+    for key, value in [*folders.items(), *site.environment.items()]:
+        for braced, plain in re.findall(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", value or ""):
+            variable = braced or plain
+            said = re.sub(r'(["`\\$])', r"\\\1", f'{key} = "{value}" of site {name}: {variable} is')
+            lines.append(f'[ -n "${{{variable}+set}}" ] || fail "{said} not set in this job"')
+            if key in folders:
+                lines.append(f'[ -n "${variable}" ] || fail "{said} empty in this job"')
+    return lines
+
+
 def _one_variable_list(directives: list[str]) -> list[str]:
     """Directives with their "-v A=1" joined into one: of several, PBS takes the last."""
     variables = [line.removeprefix("-v ").strip() for line in directives if line.startswith("-v ")]
@@ -184,7 +200,7 @@ def _shortest(*durations: str | None) -> str:
 
 
 def _scripts(
-    run: RunFile, site: Site, run_file: str, rendered_by: str, templates: jinja2.Environment
+    run: RunFile, site: Site, site_name: str, run_file: str, rendered_by: str, templates: jinja2.Environment
 ) -> dict[str, str]:
     """The text of the run's stage scripts, by file name."""
     jobs = run.jobs
@@ -220,6 +236,7 @@ def _scripts(
             apptainer=site.apptainer,
             binds=site.binds,
             environment=_environment(site),
+            needed=_needed(site, site_name),
             nodes=jobs.nodes,
             gpus=site.gpus,
             cores_per_gpu=site.cores_per_gpu,
@@ -330,7 +347,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         rendered = _Rendered(
             one, folder, None if out else one.logs_folder, chain_length(one, estimated_step(one, site))
         )
-        texts.append((rendered, frozen, _scripts(one, site, str(frozen), rendered_by, templates)))
+        texts.append((rendered, frozen, _scripts(one, site, site_file.stem, str(frozen), rendered_by, templates)))
     submit_folder = out or run.folder / "jobs"
     written = []
     for rendered, frozen, scripts in texts:
