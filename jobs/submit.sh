@@ -53,7 +53,7 @@ submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once 
   [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
   shift 4
   for id; do after+=${ids[$id]:+:${ids[$id]}}; done
-  variables=LINK=$link${last:+,LAST=1}$(sed -n 's/^#PBS -v /,/p' "$script")  # whose place -v would take
+  variables=LINK=$link${last:+,LAST=1}$(sed -n 's/^#PBS -v /,/p' "$script" | xargs -r printf %s)  # whose place -v would take; qsub drops quotes
   command=(qsub -v "$variables" ${after:+-W "depend=afterany$after"} "$script")
   if [ "$dry_run" ]; then ids[$name]=ID-of-$name; printf '%q ' "${command[@]}"; echo; return; fi
   keep "$(dirname "$script")"

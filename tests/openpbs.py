@@ -9,7 +9,8 @@ node1, ...) and ends; there is no server. FOLDER has a JSON file a job, with the
     first_only    if it is there, qstat prints the first of several jobs alone, as OpenPBS's master branch does
     full          if it is there, no job starts: one that waits for nothing is queued
 
-The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`;
+The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`; a
+value's comma needs quotes, which qsub drops: once of an argument, twice of a directive;
 OMP_NUM_THREADS is the cores of the node; a job starts in $HOME; its output is in a spool until it ends, and then for
 its owner alone but for -W umask; chunks are packed on one host unless place=scatter; a deleted or late job gets SIGTERM
 twice. Of a job that is deleted before it began: if it waits for others, what waits for it is deleted too; if it is
@@ -64,7 +65,7 @@ def options(script: Path, arguments: list[str]) -> dict[str, Any]:
     """What the script's directives and qsub's arguments say; of one option the last counts, -l and -W add up."""
     lines = script.read_text().splitlines()[1:]
     first = next((number for number, line in enumerate(lines) if line and not line.startswith("#")), len(lines))
-    words = [word for line in lines[:first] if line.startswith("#PBS ") for word in line.split(maxsplit=2)[1:]]
+    words = [word for line in lines[:first] if line.startswith("#PBS ") for word in _directive(line)]
     said: dict[str, Any] = {"-l": {}, "-W": {}}
     words += arguments
     for option, value in zip(words[::2], words[1::2], strict=True):
@@ -75,6 +76,30 @@ def options(script: Path, arguments: list[str]) -> dict[str, Any]:
     return said
 
 
+class Refused(Exception):
+    """What qsub says, with exit status 1."""
+
+
+def _directive(line: str) -> list[str]:
+    """An option and its value, without the quotes; "-vA=1" is one too."""
+    words = shlex.split(line)[1:]
+    words = [words[0][:2], words[0][2:]] if len(words) == 1 else words
+    if len(words) != 2:
+        raise Refused(f"directive error: {' '.join(words)} ")
+    return words
+
+
+def variables(given: str) -> dict[str, str]:
+    """Those of -v: a comma in quotes is none between them, and one without a value is this shell's."""
+    found = {}
+    for word in re.findall(r"""((?:'[^']*'|"[^"]*"|[^,'"])+)(?:,|$)""", given):
+        name, equals, value = re.sub(r"['\"]", "", word).partition("=")
+        if not equals and name not in os.environ:
+            raise Refused("cannot send environment with the job")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
 def qsub(folder: Folder, arguments: list[str]) -> int:
     script, said = Path(arguments[-1]), options(Path(arguments[-1]), arguments[:-1])
     with open(folder.path / "qsub", "a") as log:
@@ -83,10 +108,10 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
     if tasks and not re.fullmatch(r"1-([2-9]|\d{2,})", tasks):
         print("qsub: illegal -J value", file=sys.stderr)
         return 2
+    given = variables(said.get("-v", ""))
     number = len(list(folder.path.glob("*.sh"))) + 1
     job = f"{number}{'[]' if tasks else ''}.{SERVER}"
     folder.file(job, "sh").write_text(script.read_text())
-    given = [word if "=" in word else f"{word}={os.environ.get(word, '')}" for word in said.get("-v", "").split(",")]
     parts = re.fullmatch(r"(\d+)(?::mpiprocs=(\d+))?.*", said["-l"].get("select", "1"))
     assert parts
     chunks, processes = int(parts[1]), int(parts[2] or 1)
@@ -97,7 +122,7 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
         Job_Name=said.get("-N", script.name),
         job_state="H" if "depend" in said["-W"] else "Q",
         Hold_Types="s" if "depend" in said["-W"] else "n",
-        Variable_List=dict(word.split("=", 1) for word in given if word) | {"PBS_O_WORKDIR": os.getcwd()},
+        Variable_List=given | {"PBS_O_WORKDIR": os.getcwd()},
         Resource_List=said["-l"],
         Submit_arguments=shlex.join(arguments),
         umask=said["-W"].get("umask", "077"),
@@ -278,7 +303,11 @@ def main() -> int:
     commands = {"qsub": qsub, "qstat": qstat, "qdel": qdel, "pbs_tmrsh": pbs_tmrsh}
     if name == "run":
         return run(Folder(Path(folder)), arguments[0])
-    return commands[name](Folder(Path(folder)), arguments)
+    try:
+        return commands[name](Folder(Path(folder)), arguments)
+    except Refused as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ def job_name(stage: str, run_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{stage}-{run_name}")[:60].rstrip("-.")
 
 
+def _another_run(site: Site, directives: list[str], script: str) -> str:
+    """How a script is submitted for another run file; qsub's -v takes the place of that of the script."""
+    more = _variables(directives) if site.scheduler in ("pbs", "gridengine") else ""
+    return f"{_ANOTHER_RUN[site.scheduler]}{',' if more else ''}{more} {script}"
+
+
 def _environment(site: Site) -> list[str]:
     """The site's variables as NAME="value" for the shell."""
     settings = dict(site.environment)
@@ -118,10 +124,15 @@ def _needed(site: Site, name: str) -> list[str]:
 
 
 def _one_variable_list(directives: list[str]) -> list[str]:
-    """Directives with their "-v A=1" joined into one: of several, PBS takes the last."""
-    variables = [line.removeprefix("-v ").strip() for line in directives if line.startswith("-v ")]
-    others = [line for line in directives if not line.startswith("-v ")]
-    return [*others, *([f"-v {','.join(variables)}"] if variables else [])]
+    """Directives with their "-v A=1" (or "-vA=1") joined into one: of several, PBS takes the last."""
+    variables = _variables(directives)
+    others = [line for line in directives if not line.startswith("-v")]
+    return [*others, *([f"-v {variables}"] if variables else [])]
+
+
+def _variables(directives: list[str]) -> str:
+    """Those of all their -v, as a script or a shell has them."""
+    return ",".join(line.removeprefix("-v").strip() for line in directives if line.startswith("-v"))
 
 
 def _earlier_seconds_per_step(run: RunFile) -> float | None:
@@ -220,7 +231,7 @@ def _scripts(
             name=run.name,
             job_name=job_name(stage, run.name),
             rendered_by=rendered_by,
-            another_run=f"{_ANOTHER_RUN[site.scheduler]} {stage}.sh",
+            another_run=_another_run(site, directives, f"{stage}.sh"),
             scheduler=site.scheduler,
             launcher=site.launcher,
             group=jobs.group,
