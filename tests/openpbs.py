@@ -10,12 +10,12 @@ node1, ...) and ends; there is no server. FOLDER has a JSON file a job, with the
     full          if it is there, no job starts: one that waits for nothing is queued
 
 The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`; a
-value's comma needs quotes, which qsub drops: once of an argument, twice of a directive;
-OMP_NUM_THREADS is the cores of the node; a job starts in $HOME; its output is in a spool until it ends, and then for
-its owner alone but for -W umask; chunks are packed on one host unless place=scatter; a deleted or late job gets SIGTERM
-twice. Of a job that is deleted before it began: if it waits for others, what waits for it is deleted too; if it is
-queued, what waits for it is held for ever, but an array lets it go. `depend` of qstat names what a job waits for until
-that has ended, and what waits for it.
+value's comma needs quotes, which qsub drops: once of an argument, twice of a directive; OMP_NUM_THREADS is the cores of
+the node; a job starts in $HOME; its output is in a spool until it ends, and then for its owner alone but for -W umask;
+chunks are packed on one host unless place=scatter; a deleted or late job gets SIGTERM twice, and SIGKILL, but for its
+processes in sessions of their own. Of a job that is deleted before it began: if it waits for others, what waits for it
+is deleted too; if it is queued, what waits for it is held for ever, but an array lets it go. `depend` of qstat names
+what a job waits for until that has ended, and what waits for it.
 """
 
 import json
@@ -222,11 +222,11 @@ def execute(folder: Folder, job: str, submitted: str, task: str) -> int:
 
 
 def living(folder: Folder, job: str) -> list[int]:
-    """The processes of a job, on all its hosts."""
+    """The processes of a job that PBS knows, on all its hosts: those of its sessions, which here is one."""
     mark, found = f"PBS_JOBCOOKIE={folder.file(job)}".encode(), []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # it ended meanwhile, or is another user's
-            if mark in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+            if os.getsid(int(pid)) == os.getsid(0) and mark in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
     return found
 
