@@ -8,13 +8,13 @@ import json
 import time
 import tomllib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cptain.checkpoint.tracker import TRACKER, read_tracker
 from cptain.errors import CptainError, bad_usage, one_line
-from cptain.history import RUNNING, Start, read_history
+from cptain.history import KILLED, RUNNING, Start, moment, read_history
 from cptain.progress import duration, human
 from cptain.run_file import RunFile, load_run
 from cptain.scheduling.chain import Times, spent
@@ -183,6 +183,16 @@ def _next(run: RunFile, stage: str, job: _Job, saved: int, starts: list[Start]) 
     return f"{starts[-1].outcome}; then {do}" if failed else do
 
 
+def _over(starts: list[Start], job: _Job) -> list[Start]:
+    """The same history; but what a killed job left as running has ended, where the scheduler has told since it began
+    that no job of its stage is under way.
+    """
+    over = job.word not in (None, "submitted", "unknown") and not any(one in str(job.word) for one in _ALIVE)
+    if starts and starts[-1].outcome == RUNNING and over and job.told and job.told > moment(starts[-1].began):
+        return [*starts[:-1], replace(starts[-1], outcome=KILLED)]
+    return starts
+
+
 def look(run: RunFile, submitted: Path | None) -> Overview:
     """How a run is.
 
@@ -193,13 +203,14 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
     Raises:
         CptainError: its history cannot be read.
     """
-    starts, lines = read_history(run.folder), _last_lines(metrics_file(run))
-    steps = starts[-1].steps if starts else run.train.steps
+    history, lines = read_history(run.folder), _last_lines(metrics_file(run))
+    steps = history[-1].steps if history else run.train.steps
     saved, exported = _saved(run.checkpoints_folder), _exported(run)
     stage = _stage(run, saved, steps, exported)
     done = [line for line in lines if "loss" in line]
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
     job = _job(submitted, (run.folder / "jobs").resolve(), stage) if submitted else _Job()
+    starts = _over(history, job)
     seconds = sorted(line["step_seconds"] for line in done)
     speeds = sorted(line["tokens_per_second"] for line in done)
     step = done[-1]["step"] if done else None
@@ -322,7 +333,8 @@ def look_closely(run: RunFile) -> Detail:
         CptainError: its history cannot be read.
     """
     submitted = submissions(run.work_dir).get((run.folder / "jobs").resolve())
-    starts = read_history(run.folder)
+    overview = look(run, submitted)
+    starts = _over(read_history(run.folder), _Job(overview.job, overview.word, overview.told))
     when = submitted.stat().st_mtime if submitted else None
     times = spent(starts, read_lines(metrics_file(run)), _saved(run.checkpoints_folder) or 0, when)
-    return Detail(look(run, submitted), times, starts)
+    return Detail(overview, times, starts)
