@@ -21,7 +21,11 @@ if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table o
   mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
   qstat > /dev/null || { echo "submit.sh: the scheduler does not answer: nothing is known of the jobs" >&2; exit 69; }
   for id in "${jobs[@]}"; do  # one by one: OpenPBS's master branch prints the first of several alone
-    qstat -x -f -F json -t "$id" 2> /dev/null || { [ $? != 153 ] || printf '{"purged": "%s"}\n' "$id"; }
+    status=0 said=$(qstat -x -f -F json -t "$id" 2> /dev/null) || status=$?
+    if [[ $status = 0 && $said != *'"Jobs"'* ]]; then  # where PBS keeps no history, -x says nothing of any job
+      said=$(qstat -f -F json -t "$id" 2> /dev/null) || status=$?
+    fi
+    if [ $status = 153 ]; then printf '{"purged": "%s"}\n' "$id"; else printf '%s\n' "$said"; fi
   done |
     (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit

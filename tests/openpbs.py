@@ -7,6 +7,7 @@ node1, ...) and ends; there is no server. FOLDER has a JSON file a job, with the
 
     kill_delay    seconds between the two SIGTERMs of a deletion, and from the second to SIGKILL; default 5
     first_only    if it is there, qstat prints the first of several jobs alone, as OpenPBS's master branch does
+    no_history    if it is there, qstat knows no job that has ended, and with -x none at all: PBS keeps no history
     full          if it is there, no job starts: one that waits for nothing is queued
 
 The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`; a
@@ -246,13 +247,20 @@ def end(folder: Folder, job: str) -> None:
 
 def qstat(folder: Folder, arguments: list[str]) -> int:
     jobs = [word for word in arguments if re.fullmatch(r"\d+(\[\])?\.\w+", word)]
-    if any(not folder.file(job).exists() for job in jobs):
+    history = not (folder.path / "no_history").exists()
+    if "-x" in arguments and not history:
+        print("qstat: PBS is not configured to maintain job history", file=sys.stderr)
+        print(json.dumps({"timestamp": int(time.time()), "pbs_server": SERVER}))
+        return 0
+    known = [job for job in jobs if folder.file(job).exists() and (history or folder.read(job)["job_state"] != "F")]
+    if len(known) < len(jobs):
         print(f"qstat: Unknown Job Id {jobs[0]}", file=sys.stderr)
         return UNKNOWN
     if "-x" not in arguments:
         over = [job for job in jobs if folder.read(job)["job_state"] == "F"]
         print("\n".join(f"qstat: {job} Job has finished, use -x or -H" for job in over), file=sys.stderr)
-        return ENDED if over else 0
+        if over or "-f" not in arguments:
+            return ENDED if over else 0
     if (folder.path / "first_only").exists():
         jobs = jobs[:1]
     files = [file for job in jobs for file in (folder.file(job), *_tasks(folder, job))]

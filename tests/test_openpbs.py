@@ -146,6 +146,17 @@ def test_what_waits_is_named_and_what_waits_for_a_job_deleted_in_the_queue_is_bl
     ]
 
 
+def test_a_pbs_that_keeps_no_history_tells_of_the_jobs_that_it_has(make_submission: MakeSubmission) -> None:
+    submission = make_submission(STATUSES)
+    for name in ("no_history", "full"):
+        (submission.pbs / name).touch()
+    jobs = submission.submit_only("convert", "train")
+    assert states(submission) == [["convert", "queued"], ["train.1", "waiting", f"afterany:{jobs['convert']}"]]
+    (submission.pbs / "full").unlink()
+    submission.wait()
+    assert states(submission) == [[name, "purged", "PBS has forgotten it"] for name in ("convert", "train.1")]
+
+
 def test_an_array_that_was_deleted_in_the_queue_holds_nothing_back(make_submission: MakeSubmission) -> None:
     submission = make_submission(STATUSES)
     (submission.pbs / "full").touch()
