@@ -159,6 +159,45 @@ def test_schedules_and_settings_become_keys(arguments: str, tmp_path: Path) -> N
         assert run["min_lr"] == 0
 
 
+SAMPLES = "--seq-length 64 --micro-batch-size 1 --train-samples 1000 --lr-warmup-samples 200 --lr 1e-4 --bf16"
+
+
+def test_a_ramp_of_megatron_s_becomes_steps(tmp_path: Path) -> None:
+    """16 sequences until 120 are seen, 32 until 240, 48, and 64 from 360 on."""
+    given = f"{SAMPLES} --global-batch-size 64 --rampup-batch-size 16 16 360"
+    keys, lines = imported(tmp_path, f"{given} {DATA}")
+    train = keys["train"]
+    assert train["batch_ramp"] == [[16, 8], [32, 12], [48, 15]]
+    assert load_run(tmp_path / "out.toml").train.batch_ramp == [(16, 8), (32, 12), (48, 15)]
+    # 128, 256 and 400 sequences, then 9 whole batches of 64; 200 are seen in step 11.
+    assert (train["global_batch_size"], train["steps"], train["warmup_steps"]) == (64, 24, 11)
+    assert any("the learning rate goes by samples in the script, and by steps here" in line for line in lines)
+
+    newer = imported(tmp_path, f'{SAMPLES} --step-batch-size-schedule "0:16 0.0064M:32" {DATA}')[0]["train"]
+    assert newer["batch_ramp"] == [[16, 7]]  # 6,400 tokens are 100 sequences
+    assert (newer["global_batch_size"], newer["steps"]) == (32, 35)  # 112 sequences, then 28 times 32
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--global-batch-size 64 --rampup-batch-size 16 16", "--rampup-batch-size 16 16: allowed: three numbers"),
+        ("--global-batch-size 64 --rampup-batch-size 64 16 9", "it does not rise to 64 sequences"),
+        ("--global-batch-size 64 --rampup-batch-size 16 10 9", "it does not rise to 64 sequences"),
+        ("--step-batch-size-schedule 0:16,1K:8", "cptain's batches grow from the first step on"),
+        ("--step-batch-size-schedule 16", "cptain's batches grow from the first step on"),
+        ("--global-batch-size 2 --rampup-batch-size 1 1 90000000", "it takes more than 1,000,000 steps"),
+    ],
+)
+def test_a_ramp_that_megatron_or_cptain_would_not_take_is_one_line(words: str, said: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.sh"
+    script.write_text(f"torchrun pretrain_gpt.py {SAMPLES} {words} {DATA}\n")
+    result = cptain("import-script", script, "-o", tmp_path / "out.toml")
+    assert result.exit_code == 2
+    assert result.output.startswith(f"cptain: {script}: --")
+    assert said in result.output
+
+
 def test_what_the_script_leaves_to_megatron_has_megatron_s_default(tmp_path: Path) -> None:
     keys, _ = imported(tmp_path, f"{NEEDED} {DATA}")
     train = keys["train"]
@@ -171,16 +210,16 @@ def test_what_the_script_leaves_to_megatron_has_megatron_s_default(tmp_path: Pat
 def test_arguments_without_a_key_are_said_with_line_and_reason(tmp_path: Path) -> None:
     given = """--use-mpi --no-load-optim --log-interval 5 \\
     --num-layers 32 --moe-z-loss-coeff 1e-3 \\
-    --rampup-batch-size 8 8 800"""
+    --decrease-batch-size-if-needed"""
     keys, lines = imported(tmp_path, f"{NEEDED} {DATA} {given}")
     said = "\n".join(lines)
     for line, what in (
         (3, "--use-mpi: no key: torchrun starts one process a GPU"),
         (3, "--log-interval 5: no key: cptain logs every step"),
-        (5, "--rampup-batch-size 8 8 800: no key: set train.global_batch_size"),
+        (5, "--decrease-batch-size-if-needed: no key: set train.global_batch_size"),
     ):
         assert any(one.startswith(f"line {line}: {what}") for one in lines), said
-    assert "OTHER THAN THE SCRIPT: --rampup-batch-size 8 8 800: set train.global_batch_size" in said
+    assert "OTHER THAN THE SCRIPT: --decrease-batch-size-if-needed: set train.global_batch_size" in said
     assert keys["train"]["megatron_args"] == ["--moe-z-loss-coeff", "1e-3"]
     assert keys["data"]["strip"] is True  # the fork that has --use-mpi
     assert "--num-layers" not in said

@@ -26,7 +26,10 @@ def test_the_run_files_of_the_project_are_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train__lr_": 1}, "train.lr_ = 1: no such key (allowed: adam_beta1, adam_beta2, adam_eps, clip_grad, decay_"),
+        (
+            {"train__lr_": 1},
+            "train.lr_ = 1: no such key (allowed: adam_beta1, adam_beta2, adam_eps, batch_ramp, clip_grad",
+        ),
         (
             {"modell": {}},
             "modell: no such key (allowed: data, jobs, model, name, parallel, sweep, train, wandb, work_dir)",

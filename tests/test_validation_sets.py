@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import RunFileMaker, cptain, in_megatron, write_jsonl
 from cptain.data.indexed_dataset import EncodedDocuments, IndexedDatasetWriter
+from cptain.data.manifest import read_manifest
 from cptain.data.overlap import texts_in_both
+from cptain.data.split import training_tokens
 from cptain.data.validation import data_folders
-from cptain.megatron.log import parse_validation, parse_validation_sets
+from cptain.megatron.log import parse_validation, parse_validation_sets, train_logs
 from cptain.run_file import load_run
 from cptain.training.metrics import metrics_file, read_metrics
 from cptain.training.validation import Rounds, round_length
@@ -103,6 +105,22 @@ for step in (0, 4, 8):
                 losses.append(torch.nn.functional.cross_entropy(logits, sample["labels"].long()))
         found[step][one.name] = float(torch.stack(losses).mean())
 """
+
+
+def test_without_steps_of_it_nothing_is_validated_and_what_is_split_off_stays_unseen(
+    make_ready_run: RunFileMaker, make_run: RunFileMaker, sets: list[dict[str, str]]
+) -> None:
+    file = make_ready_run(train__eval_steps=0)
+    result = cptain("train", file, "--cpu")
+    assert result.exit_code == 0, result.output
+    run = load_run(file)
+    assert not any("validation_loss" in values for values in read_metrics(metrics_file(run)).values())
+    assert "validation loss" not in "".join(log.read_text() for log in train_logs(run.logs_folder))
+    records = read_manifest(run.data_folder, run.data.sources)
+    assert f" {training_tokens(run.data_folder, records, '90,10,0'):,} tokens to train on" in result.output
+    both = cptain("preprocess", make_run(data__validation=sets, data__split=None, train__eval_steps=0))
+    assert both.exit_code == 2
+    assert "train.eval_steps = 0: no validation is made, and data.validation is given: leave one out" in both.output
 
 
 def test_a_round_holds_each_sequence_once_wherever_it_begins() -> None:

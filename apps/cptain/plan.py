@@ -80,7 +80,7 @@ def _time(run: RunFile, site: Site | None, here: OnSite) -> Document | None:
         "measured_cut": rate.cut_as(here.layout),
     }
     if steps := known_steps(run):
-        hours = steps * a_step / 3600
+        hours = run.train.sequences(steps) / run.train.global_batch_size * a_step / 3600
         found |= {"hours": round(hours, 2), "node_hours": round(hours * run.jobs.nodes, 2)}
         if run.jobs.walltime:
             found["chain"] = chain_length(run, a_step)
@@ -141,7 +141,7 @@ def plan(run: RunFile, site: Site | None) -> Document:
     Raises:
         CptainError: a config.json that Megatron cannot represent; sizes that do not divide.
     """
-    here = on_site(run, site, run_architecture(run, ["config.json"]))
+    here, steps = on_site(run, site, run_architecture(run, ["config.json"])), known_steps(run)
     return {
         "name": run.name,
         "parameters": parameters(here.architecture),
@@ -152,8 +152,9 @@ def plan(run: RunFile, site: Site | None) -> Document:
         "shown": str(here.layout),
         "choices": here.choices,
         "memory": _memory(run, here),
-        "steps": known_steps(run),
+        "steps": steps,
         "tokens_per_step": run.train.tokens_per_step,
+        "tokens": None if steps is None else run.train.sequences(steps) * run.train.seq_length,
         "data": _data(run),
         "time": _time(run, site, here),
         "fastest": _proposals(run, site, here),
@@ -200,7 +201,8 @@ def _data_lines(document: Document) -> Iterator[str]:
     if steps is None:
         yield f"steps        not known before the text is tokenized; {a_step:,} tokens each"
     else:
-        yield f"steps        {steps:,} of {a_step:,} tokens: {steps * a_step:,} tokens"
+        most = "up to " if steps * a_step > document["tokens"] else ""
+        yield f"steps        {steps:,} of {most}{a_step:,} tokens: {document['tokens']:,} tokens"
     if document["data"] is None:
         yield "data         not tokenized yet"
         return

@@ -4,11 +4,13 @@ What depends on the length of the run (a warm-up or a decay given as a share of 
 counted its steps; `cptain.training.flags` says it to Megatron, and the model card to people.
 """
 
+import itertools
 import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from cptain import batches
 from cptain.run_values import AbsolutePath, Fraction, TokenCount
 from cptain.toml_file import Duration, Section, seconds
 
@@ -34,6 +36,8 @@ class Train(Section):
 
     from: another run's checkpoint to begin with, in the place of the converted one.
     micro_batch_size: sequences that a copy of the model computes at a time; "auto": the largest that fits and divides.
+    batch_ramp: smaller global batches to begin with, each with the step up to which it holds, as in
+        [[256, 500], [512, 1000]].
     schedule: of the learning rate, after a linear warm-up to lr: "cosine" or "linear" fall to min_lr by the last step;
         "wsd" (warm-up, stable, decay) stays at lr and falls in the last decay_steps; "constant" stays.
     warmup_steps or warmup_share: how long the warm-up takes; a share is of all steps, rounded.
@@ -65,6 +69,7 @@ class Train(Section):
     seq_length: PositiveInt
     micro_batch_size: PositiveInt | Literal["auto"] = 1
     global_batch_size: PositiveInt
+    batch_ramp: list[tuple[PositiveInt, PositiveInt]] = Field(default_factory=list)
     steps: PositiveInt | None = None
     tokens: TokenCount | None = None
     epochs: PositiveFloat | None = None
@@ -109,8 +114,9 @@ class Train(Section):
             )
         if not seconds(self.step_timeout):
             raise ValueError("step_timeout: allowed: 00:00:01 and more")
-        for key in ("max_loss_spike", "step_timeout", "z_loss") if self.script else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
+        self._check_ramp()
+        for key in ("max_loss_spike", "step_timeout", "z_loss", "batch_ramp") if self.script else ():
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"{key}: another train.script than cptain's own does nothing with it")
         if self.fp8_recipe and self.precision != "fp8":
             raise ValueError(f'fp8_recipe = "{self.fp8_recipe}": precision = "{self.precision}" does not read it')
@@ -128,6 +134,18 @@ class Train(Section):
         if self.steps is not None:
             self.check_length(self.steps, f"steps = {self.steps}")
         return self
+
+    def _check_ramp(self) -> None:
+        """Refuse a ramp that does not rise to global_batch_size."""
+        rising = [*self.batch_ramp, (self.global_batch_size, math.inf)]
+        for (batch, until), (larger, later) in itertools.pairwise(rising):
+            if batch >= larger or until >= later:
+                raise ValueError(
+                    f"batch_ramp: [{batch}, {until}] before [{larger}, {later}]: batches and steps must grow, "
+                    f"batches to global_batch_size = {self.global_batch_size}"
+                )
+            if self.micro_batch_size != "auto" and batch % self.micro_batch_size:
+                raise ValueError(f"batch_ramp: {batch} is not a multiple of micro_batch_size = {self.micro_batch_size}")
 
     def _check_schedule_keys(self) -> None:
         """Refuse keys that the schedule would not read, and two that say one thing."""
@@ -187,8 +205,23 @@ class Train(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees."""
+        """Tokens that one optimizer step sees, after batch_ramp."""
         return self.seq_length * self.global_batch_size
+
+    def sequences(self, steps: int) -> int:
+        """Sequences that the first `steps` optimizer steps see."""
+        return batches.sequences(self.batch_ramp, self.global_batch_size, steps)
+
+    def steps_for(self, tokens: float, begin: int = 0) -> int:
+        """How many optimizer steps after step `begin` see so many tokens, rounded up."""
+        wanted = self.sequences(begin) + math.ceil(tokens / self.seq_length)
+        return batches.steps_for(self.batch_ramp, self.global_batch_size, wanted) - begin
+
+    @property
+    def described_batch(self) -> str:
+        """The global batch size in words."""
+        ramp = "".join(f"{batch:,} up to step {until:,}, then " for batch, until in self.batch_ramp)
+        return f"{ramp}{self.global_batch_size:,} sequences"
 
 
 class Parallel(Section):

@@ -102,7 +102,7 @@ def _described(start: Start) -> dict[str, str]:
         "documents": start.run["data"].get("documents", ""),
         "validation sets": ", ".join(one["name"] for one in start.run["data"].get("validation", ())),
         "sequence length": f"{train['seq_length']:,}",
-        "global batch size": f"{train['global_batch_size']:,} sequences",
+        "global batch size": said.described_batch,
         "learning rate": said.described_schedule(start.steps),
         "optimizer": f"Adam, betas {said.adam_beta1:g} and {said.adam_beta2:g}, epsilon {said.adam_eps:g}, "
         f"weight decay {said.weight_decay:g}, gradients clipped at {said.clip_grad:g}"
@@ -123,11 +123,11 @@ def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
     rows = [("architecture", read_config(base)["architectures"][0]), ("steps", f"{step:,}{asked}")]
     if not done:  # trained by another tool
         return rows
-    train = done[-1][0].run["train"]  # neither of the two can change in a run
-    seen = step * train["global_batch_size"] * train["seq_length"]
+    train = Train.model_construct(**done[-1][0].run["train"])  # none of what is asked of it can change in a run
+    seen = train.sequences(step) * train.seq_length
     rows.append(("tokens seen", f"{human(seen)} ({seen:,})"))
     names = _part_names(done[-1][0].run["data"]["mix"]).values()
-    epochs = epochs_seen(done[-1][0].data, train["global_batch_size"] * train["seq_length"], step)
+    epochs = epochs_seen(done[-1][0].data, train, step)
     rows.append(("epochs", ", ".join(f"{name} {often:.3g}" for name, often in zip(names, epochs, strict=False))))
     described = [(_described(start), first, end) for start, first, end in done]
     for name in described[-1][0]:

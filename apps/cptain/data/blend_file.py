@@ -42,7 +42,10 @@ def blend_flag(run: RunFile, records: list[Record], steps: int, write: bool = Tr
         ]
     if run.data.stage:
         content["stages"] = [
-            {"sequences": (plan.end - plan.begin) * run.train.global_batch_size, "weights": plan.shares}
+            {
+                "sequences": run.train.sequences(plan.end) - run.train.sequences(plan.begin),
+                "weights": plan.shares,
+            }
             for plan in stages(run, found, steps)
         ]
     file = run.folder / "blend.json"

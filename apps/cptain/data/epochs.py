@@ -49,10 +49,10 @@ def exposures(run: RunFile, records: list[Record], steps: int, until: int | None
     if not any(tokens for _, tokens in found):
         bad_usage(f"data.split = {run.data.split}: no file has a document in its training part: give that more")
     until = steps if until is None else until
-    a_step = run.train.tokens_per_step
+    in_all = run.train.sequences(until) * run.train.seq_length
     return [
-        Exposure(part.name, sum(one.documents for one in part.records), tokens, seen / until, seen * a_step / tokens)
-        for (part, tokens), seen in zip(found, seen_by(stages(run, found, steps), until), strict=True)
+        Exposure(part.name, sum(one.documents for one in part.records), tokens, seen / in_all, seen / tokens)
+        for (part, tokens), seen in zip(found, seen_by(stages(run, found, steps), run.train, until), strict=True)
         if tokens
     ]
 
@@ -65,12 +65,12 @@ def check_epochs(run: RunFile, found: list[Exposure], steps: int) -> None:
     """
     asked = 0.0
     if run.train.epochs is not None:  # rounded up to whole steps
-        asked = steps * run.train.tokens_per_step / sum(part.tokens for part in found)
+        asked = _seen(run, steps) / sum(part.tokens for part in found)
     most = max(found, key=lambda part: part.epochs)
     if most.epochs > max(run.data.max_epochs, asked):
         bad_usage(
             f"data.max_epochs = {run.data.max_epochs:g}: {most.name}: the {_counted(most.tokens)} to train on would be "
-            f"seen {_number(most.epochs)} times in {steps:,} steps of {run.train.tokens_per_step:,} tokens: take more "
+            f"seen {_number(most.epochs)} times in {steps:,} steps of {_a_step(run)}: take more "
             "text, fewer steps or another data.mix, or allow it with data.max_epochs"
         )
 
@@ -84,12 +84,11 @@ def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, .
     found = exposures(run, records, steps)
     check_epochs(run, found, steps)
     documents, tokens = sum(part.documents for part in found), sum(part.tokens for part in found)
-    seen = steps * run.train.tokens_per_step
     least, most = (choose(part.epochs for part in found) for choose in (min, max))
     epochs = _number(most) if len(found) == 1 else f"{_number(least)} to {_number(most)}"
     first = (
-        f"{documents:,} documents, {_counted(tokens)} to train on; {steps:,} steps of "
-        f"{run.train.tokens_per_step:,} tokens: {human(seen)} in all, {epochs} epochs"
+        f"{documents:,} documents, {_counted(tokens)} to train on; {steps:,} steps of {_a_step(run)}: "
+        f"{human(_seen(run, steps))} in all, {epochs} epochs"
     )
     last: tuple[str, ...] = ()
     if run.train.eval_steps and lacks_validation(run.data_folder, records, run.data.split):
@@ -115,6 +114,15 @@ def _stage_lines(run: RunFile, records: list[Record], steps: int) -> Iterator[st
             f"{part.name} {share:.1%}" for (part, _), share in zip(found, plan.shares, strict=True) if share
         )
         yield f"  steps {plan.begin + 1:,} to {plan.end:,}: {shares}"
+
+
+def _seen(run: RunFile, steps: int) -> int:
+    return run.train.sequences(steps) * run.train.seq_length
+
+
+def _a_step(run: RunFile) -> str:
+    """The tokens of a step, in words."""
+    return f"{'up to ' if run.train.batch_ramp else ''}{_counted(run.train.tokens_per_step)}"
 
 
 def _counted(tokens: int) -> str:

@@ -7,7 +7,6 @@ trained on stays as it was whatever later stages say.
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 
 from cptain.data.blend import Part, parts
@@ -16,6 +15,7 @@ from cptain.data.split import training_tokens
 from cptain.errors import bad_usage
 from cptain.run_file import RunFile
 from cptain.run_stages import Stage
+from cptain.run_train import Train
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def stages(run: RunFile, found: list[tuple[Part, int]], steps: int) -> list[Stag
             if amounts.get(part.name) and not tokens:
                 bad_usage(f"data.stage: {part.name} has no document to train on by data.split = {run.data.split}")
         weights = [amounts.get(part.name, 0.0) * (tokens if repeats else 1.0) for part, tokens in found]
-        needed = math.ceil(sum(weights) / run.train.tokens_per_step) if repeats else end - begin
+        needed = run.train.steps_for(sum(weights), begin) if repeats else end - begin
         if needed != end - begin:
             bad_usage(
                 f"data.stage: the repeats of the stage that begins at step {begin} take {needed} steps, and it has "
@@ -97,10 +97,14 @@ def _normal(weights: list[float]) -> list[float]:
     return [weight / whole for weight in weights] if whole else weights
 
 
-def seen_by(plans: list[StageOf], steps: int) -> list[float]:
-    """How many steps' worth of tokens of each part the first `steps` of a run see."""
+def seen_by(plans: list[StageOf], train: Train, steps: int) -> list[float]:
+    """How many tokens of each part the first `steps` of a run see."""
+    tokens = [
+        train.seq_length * (train.sequences(max(plan.begin, min(plan.end, steps))) - train.sequences(plan.begin))
+        for plan in plans
+    ]
     return [
-        sum(share * max(0, min(plan.end, steps) - plan.begin) for plan, share in zip(plans, of_part, strict=True))
+        sum(share * of_stage for share, of_stage in zip(of_part, tokens, strict=True))
         for of_part in zip(*(plan.shares for plan in plans), strict=True)
     ]
 

@@ -1,7 +1,5 @@
 """How many optimizer steps a run has, which may depend on how much data there is."""
 
-import math
-
 from cptain.data.blend import parts
 from cptain.data.manifest import Record, read_manifest
 from cptain.data.split import training_tokens
@@ -27,7 +25,7 @@ def asked_steps(run: RunFile, records: list[Record]) -> tuple[int, str]:
             for part in parts(run.data.mix, records)
         )
         given = f"epochs = {train.epochs:g}"
-    steps = max(1, math.ceil(tokens / train.tokens_per_step))
+    steps = max(1, train.steps_for(tokens))
     return steps, f"the {steps} steps of {given}"
 
 

@@ -8,6 +8,7 @@ from cptain.data.blend import blend
 from cptain.data.manifest import Record
 from cptain.data.stages import StageOf, identity, parts_to_train, seen_by, stages
 from cptain.run_file import RunFile
+from cptain.run_train import Train
 
 _COUNTED = ("files", "documents", "tokens")
 
@@ -113,11 +114,11 @@ def tokens_of_tables(run: RunFile, data: dict[str, Any]) -> dict[str, int]:
     return {one.title: count for one, count in zip(tables, data.get("seen", {}).get("tokens", ()), strict=False)}
 
 
-def epochs_seen(data: dict[str, Any], tokens_per_step: int, steps: int) -> list[float]:
+def epochs_seen(data: dict[str, Any], train: Train, steps: int) -> list[float]:
     """How often each table of the mix was seen in so many steps, from `trained_on`; none where it does not say."""
     if not (seen := data.get("seen")):
         return []
     ends = [*(begin for begin, _ in seen["stages"][1:]), steps]
     plans = [StageOf(begin, end, shares) for (begin, shares), end in zip(seen["stages"], ends, strict=True)]
-    counted = zip(seen_by(plans, steps), seen["tokens"], strict=True)
-    return [taken * tokens_per_step / tokens if tokens else 0.0 for taken, tokens in counted]
+    counted = zip(seen_by(plans, train, steps), seen["tokens"], strict=True)
+    return [taken / tokens if tokens else 0.0 for taken, tokens in counted]

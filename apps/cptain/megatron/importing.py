@@ -17,11 +17,12 @@ def leave_out_gpu_kernels() -> None:
 
 
 def before_import(cpu: bool) -> None:
-    """Make Megatron importable here.
+    """Make Megatron importable here, without wandb: it takes 0.4 s, and metrics go there from the process above.
 
     Args:
         cpu: answer for CUDA on the CPU (`cptain.megatron.cpu`).
     """
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # to Megatron as if it were not installed
     if not hasattr(typing, "override"):  # Python 3.11, with Megatron 0.17 or later
         import typing_extensions
 

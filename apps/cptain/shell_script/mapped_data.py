@@ -1,4 +1,4 @@
-"""The data and the model of a script as keys: pairs with their weights, what is validated with, and whose tokenizer it is."""
+"""The data and the model of a script as keys: pairs and weights, what it validates with, whose tokenizer it is."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def map_data(mapping: Mapping) -> None:
 def _words(mapping: Mapping, flag: str) -> dict[str, list[str]]:
     """What the script trains on, validates and tests with: weights and prefixes, as Megatron reads them.
 
-    --data-args-path names a file of them, and --per-split-data-args-path one of JSON; both are read where they are here.
+    --data-args-path names a file of them, --per-split-data-args-path one of JSON; they are read where they are here.
     """
     script = mapping.script
     given = {one.flag: one.values for one in script.arguments}
@@ -88,7 +88,7 @@ def _words(mapping: Mapping, flag: str) -> dict[str, list[str]]:
         }
     except (OSError, ValueError, AttributeError, TypeError) as error:
         mapping.differs.append(f"{flag} {file}: not here to be read ({one_line(error)})")
-        return dict.fromkeys(words, [])
+        return {name: [] for name in words}
 
 
 def _prefixes(mapping: Mapping, flag: str, words: list[str]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cptain.errors import CptainError
 from cptain.model.arguments import FACTS
+from cptain.shell_script.mapped_batches import last_batch, map_ramp, steps_of, whole_steps
 from cptain.shell_script.mapped_data import map_data
 from cptain.shell_script.reasons import CONVERTS, reason
 from cptain.shell_script.trainer import Argument, Script
@@ -142,16 +143,17 @@ def _length(mapping: Mapping) -> None:
         if size is None:
             raise _needed(mapping, key, flag)
         mapping.put(key, size, "", flag)
-    batch = mapping.whole("--global-batch-size")
+    batch = mapping.whole("--global-batch-size") or last_batch(mapping)
     if batch is None:
         batch = _default_batch(mapping)
         mapping.put("train.global_batch_size", batch, "the script leaves it to Megatron: micro batch × copies")
     mapping.put("train.global_batch_size", batch, "", "--global-batch-size")
+    map_ramp(mapping, batch)
     if (steps := mapping.whole("--train-iters")) is None:
         samples = mapping.whole("--train-samples")
         if samples is None:
             raise _needed(mapping, "train.steps", "--train-iters", "--train-samples")
-        steps = samples // batch
+        steps = whole_steps(mapping, samples)
         mapping.put("train.steps", steps, f"--train-samples {samples} of {batch} a step", "--train-samples")
     mapping.put("train.steps", steps, "", "--train-iters")
 
@@ -175,7 +177,7 @@ def _iterations(mapping: Mapping, name: str) -> float | None:
     steps = mapping.number(f"--{name}-iters")
     samples = mapping.number(f"--{name}-samples")
     mapping.done |= {f"--{name}-iters", f"--{name}-samples"}
-    return steps if steps is not None or samples is None else samples / mapping.keys["train.global_batch_size"]
+    return steps if steps is not None or samples is None else steps_of(mapping, samples)
 
 
 def _schedule(mapping: Mapping) -> None:

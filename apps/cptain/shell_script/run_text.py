@@ -35,7 +35,7 @@ def value(thing: Any) -> str:
     if isinstance(thing, float):
         short = re.sub(r"e([+-])0*", lambda match: "e" + match[1].replace("+", ""), repr(thing))
         return short if thing != int(thing) or "e" in short else repr(thing)
-    if isinstance(thing, list) and len(thing) > 1:
+    if isinstance(thing, list) and len(thing) > 1 and not isinstance(thing[0], int):
         return "[\n" + "".join(f"  {value(one)},\n" for one in thing) + "]"
     return json.dumps(thing, ensure_ascii=False)
 
@@ -140,6 +140,6 @@ def run_text(mapping: Mapping) -> str:
         if rows:
             lines += ["", f"[{section}]", *_table(rows)]
         for name, tables in mapping.tables.items() if section == "data" else ():
-            for one in tables:
-                lines += ["", f"[[{name}]]", *_table([(key, value(thing), "") for key, thing in one.items()])]
+            for table in tables:
+                lines += ["", f"[[{name}]]", *_table([(key, value(thing), "") for key, thing in table.items()])]
     return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ _SURPLUS = 0.005
 _LAST_EPOCH_APART = 0.8
 
 _ORDER_KEYS = ("input", "tokenized", "mix", "split")  # of [data]
+_COUNTED = "how far it is in its schedule and its data is counted in sequences"
 _ORDER_ARG = "--dataloader-type"
 _ANEW = "the order of the data begins anew: some sequences come again and others are left out"
 
@@ -41,10 +42,12 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
         CptainError: exit status 2, a change that a run that has begun cannot take.
     """
     for key, why in (
-        ("global_batch_size", "how far it is in its schedule and its data is counted in sequences"),
+        ("global_batch_size", _COUNTED),
+        ("batch_ramp", _COUNTED),
         ("seq_length", "its data is cut into sequences of this length"),
     ):
-        _refuse_change(f"train.{key}", before["train"][key], getattr(run.train, key), why)
+        after = run.train.model_dump(mode="json")[key]
+        _refuse_change(f"train.{key}", before["train"].get(key, []), after, why)  # batch_ramp was not there always
     if (before["train"]["precision"] == "fp32") != (run.train.precision == "fp32"):
         why = "the optimizer's state of fp32 is not that of bf16 and fp8"
         _refuse_change("train.precision", before["train"]["precision"], run.train.precision, why)
@@ -106,7 +109,8 @@ def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
     if old_epochs == new_epochs:
         return []
     most = max(range(len(parts)), key=lambda part: new_epochs[part])
-    used = [n * run.train.tokens_per_step * parts[most][0] / parts[most][1] for n in (old, new)]
+    seen = [run.train.sequences(n) * run.train.seq_length for n in (old, new)]
+    used = [tokens * parts[most][0] / parts[most][1] for tokens in seen]
     return [f"steps: {old} → {new} ({used[0]:.2f} → {used[1]:.2f} epochs of its data): {_ANEW}"]
 
 
@@ -136,7 +140,7 @@ def epochs(tokens: int, share: float, run: RunFile, steps: int) -> tuple[int, bo
         steps: in all.
     """
     seq_length = run.train.seq_length
-    wanted = math.ceil(math.ceil(steps * run.train.global_batch_size * share) * (1 + _SURPLUS))
+    wanted = math.ceil(math.ceil(run.train.sequences(steps) * share) * (1 + _SURPLUS))
     number = max(1, math.ceil((wanted * seq_length + 1) / tokens))
     if number == 1:
         return 1, False

@@ -81,7 +81,8 @@ def measured(run: RunFile, planned: Planned, log: Path) -> dict[str, Any] | None
         planned: what it was planned as.
         log: of the start, on the node that sees the steps.
     """
-    steps = read_steps([log])[_WARM:]
+    whole = [step for step in read_steps([log]) if step.global_batch_size == run.train.global_batch_size]
+    steps = whole[_WARM:]
     if len(steps) < _MEASURED:
         return None
     a_step = statistics.median(step.seconds for step in steps)

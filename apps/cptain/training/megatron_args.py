@@ -48,9 +48,8 @@ _SAID_BY = {
     """,
     "parallel.expert": "--expert-model-parallel-size --expert-tensor-parallel-size",
     "parallel.tensor": "--model-parallel-size",
-    "train.global_batch_size": """
-        --batch-size --decrease-batch-size-if-needed --rampup-batch-size --step-batch-size-schedule
-    """,
+    "train.batch_ramp": "--rampup-batch-size --step-batch-size-schedule",
+    "train.global_batch_size": "--batch-size --decrease-batch-size-if-needed",
     "train.lr": """
         --override-opt-param-scheduler --override-opt_param-scheduler --use-checkpoint-opt-param-scheduler
         --use-checkpoint-opt_param-scheduler

@@ -1,5 +1,6 @@
 """Everything that can be checked before a training starts, and the command that starts it."""
 
+import json
 import math
 import os
 import shlex
@@ -177,6 +178,7 @@ def _own_flags(run: RunFile, cpu: bool, blend: tuple[str, str], validation_sets:
         flags += [("--step-timeout", str(seconds(run.train.step_timeout)))]
         flags += [("--megatron-args", str(len(run.train.megatron_args)))]
         flags += [("--z-loss", repr(run.train.z_loss))] if run.train.z_loss else []
+        flags += [("--batch-ramp", json.dumps(run.train.batch_ramp))] if run.train.batch_ramp else []
     if validation_sets:
         flags += [("--validation-sets", str(validation_sets))]
     return flags

@@ -6,7 +6,7 @@ since 0.17; `_train` knows both. What every rank needs of a batch is broadcast a
 own batch functions, which change from release to release, is needed.
 
     torchrun … pretrain.py [--cpu] --blend FILE --max-loss-spike NATS --step-timeout SECONDS [--validation-sets FILE]
-        [--z-loss Z] --megatron-args N MEGATRON ARGUMENTS
+        [--z-loss Z] [--batch-ramp JSON] --megatron-args N MEGATRON ARGUMENTS
 
 The last N words are the run file's train.megatron_args, which have yet to be looked at by the Megatron at hand.
 
@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from cptain.megatron import cross_entropy, no_tokenizer, weight_gradient
+from cptain.batches import Ramp, sequences
+from cptain.megatron import cross_entropy, no_tokenizer, saving, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
-from cptain.training import order, packing, resumed_optimizer, validation
+from cptain.training import batch_ramp, order, packing, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
 from cptain.training.ledger import Ledger
@@ -45,6 +46,7 @@ before_import(CPU)  # here, not in main: Megatron's spawned children import this
 Batch = dict[str, torch.Tensor]
 _validation_sets: list[validation.Named] = []  # of --validation-sets, the same on every rank
 _blend_content: dict[str, Any] = {}  # of --blend
+_ramp: list[Ramp] = []  # of --batch-ramp, where there is one
 
 
 def _masks_documents() -> bool:
@@ -202,6 +204,8 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
     from megatron.training.global_vars import get_tokenizer
 
     args = get_args()
+    for ramp in _ramp:
+        samples = (sequences(ramp, args.global_batch_size, args.train_iters), *samples[1:])
     weighted = [(weight, File(prefix)) for weight, prefix in _blend_content["files"]]
     built: dict[str, Documents] = {}
     numbers = order.numbers_of(_blend_content)
@@ -225,7 +229,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             create_attention_mask=False,
         )
 
-    def sequences(parts: list[Documents], weights: list[float] | None, place: int, counts: Any) -> Any:
+    def data_set(parts: list[Documents], weights: list[float] | None, place: int, counts: Any) -> Any:
         """So many sequences of a blend, as the `place`-th of Megatron's three data sets."""
         built.update({documents.path_prefix: documents for documents in parts})
         blend = config([documents.path_prefix for documents in parts], weights, place)
@@ -239,7 +243,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             continue
         if place == 1 and _validation_sets:
             datasets.append(
-                validation.build(_validation_sets, args, lambda one, count: sequences([one], None, 1, [count] * 3))
+                validation.build(_validation_sets, args, lambda one, count: data_set([one], None, 1, [count] * 3))
             )
             continue
         bounds = (ends[place] / ends[3], ends[place + 1] / ends[3])
@@ -255,7 +259,7 @@ def _datasets(samples: Any, vp_stage: int | None = None) -> list[Any]:
             datasets.append(None)
             continue
         weights, parts = zip(*blend, strict=True)
-        datasets.append(sequences(list(parts), list(weights), place, samples))
+        datasets.append(data_set(list(parts), list(weights), place, samples))
     return datasets
 
 
@@ -299,7 +303,10 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     from megatron.training import pretrain
 
     no_tokenizer.install()
+    saving.install()
     resumed_optimizer.install()
+    for ramp in _ramp:
+        batch_ramp.install(ramp)
     health.install()
     _ledger[0].install()
     if _masks_documents():
@@ -346,11 +353,14 @@ def main() -> None:
     parser.add_argument("--megatron-args", type=int, required=True)
     parser.add_argument("--validation-sets", type=Path)
     parser.add_argument("--z-loss", type=float, default=0.0)
+    parser.add_argument("--batch-ramp", type=json.loads)
     own, sys.argv[1:] = parser.parse_known_args()
     words = sys.argv[len(sys.argv) - own.megatron_args :]
     health = Health(own.max_loss_spike, own.step_timeout, own.cpu)
     _blend_content.update(json.loads(own.blend.read_text(encoding="utf-8")))
     _ledger.append(Ledger([part["name"] for part in _blend_content.get("parts", ())]))
+    if own.batch_ramp:
+        _ramp.append(own.batch_ramp)
     if own.validation_sets:
         _validation_sets.extend(validation.read_sets(own.validation_sets))
     try:

@@ -51,7 +51,8 @@ def _load_renewed(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None
 
 def _advance(self: Any, state_dict: dict[str, Any]) -> None:
     """`load_state_dict` of the schedule: go to where the checkpoint is, in sequences, by this start's own formula."""
-    self.step(state_dict["num_steps"] - self.num_steps)
+    self.num_steps = state_dict["num_steps"]
+    self.step(0)
 
 
 def install() -> None:
