@@ -1,5 +1,6 @@
 """What a process does around its first import of Megatron. Megatron's spawned children need the first half as well."""
 
+import importlib.machinery
 import importlib.util
 import sys
 import typing
@@ -22,7 +23,8 @@ def before_import(cpu: bool) -> None:
     Args:
         cpu: answer for CUDA on the CPU (`cptain.megatron.cpu`).
     """
-    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # to Megatron as if it were not installed
+    empty = importlib.machinery.ModuleSpec("wandb", None)  # the lab's fork does not do without one
+    sys.modules.setdefault("wandb", importlib.util.module_from_spec(empty))
     if not hasattr(typing, "override"):  # Python 3.11, with Megatron 0.17 or later
         import typing_extensions
 
