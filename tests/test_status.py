@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,18 @@ def test_every_stage_of_a_run_says_what_to_do_next(
     assert next_of(new) == f"bash {new.folder}/jobs/submit.sh"
     table = [text.split("  ") for text in cptain("status", tmp_path / "runs").stdout.splitlines()]
     assert [row[0].strip() for row in table] == ["run", "new", "run"]
+
+
+def test_what_to_do_can_be_pasted_where_a_folder_s_name_is_odd(make_run: RunFileMaker, tmp_path: Path) -> None:
+    file = make_run(work_dir=str(tmp_path / '走る it\'s "q"'), jobs__image="/x.sif", jobs__site="local")
+    assert cptain("jobs", file).exit_code == 0
+    run = load_run(file)
+    for submit, words in (
+        (run.folder / "jobs" / "submit.sh", ["bash"]),
+        (run.folder / "run.toml", ["cptain", "preprocess"]),
+    ):
+        assert shlex.split(next_of(run)) == [*words, str(submit)]
+        (run.folder / "jobs" / "submit.sh").unlink(missing_ok=True)
 
 
 def test_a_link_that_failed_says_what_the_next_one_does(own_run: RunFile) -> None:

@@ -5,6 +5,7 @@ Light to import, and little is read: of the metrics their end. The scheduler is 
 """
 
 import json
+import shlex
 import time
 import tomllib
 from contextlib import suppress
@@ -175,9 +176,11 @@ def _next(run: RunFile, stage: str, job: _Job, saved: int, starts: list[Start]) 
         return "wait"
     submit = run.folder / "jobs" / "submit.sh"
     if word == "submitted":
-        return f"bash {submit} --state"
+        return f"bash {shlex.quote(str(submit))} --state"
     stages = {"train": " train export", "export": " export"}.get(stage, "")
-    do = f"bash {submit}{stages}" if submit.exists() else f"cptain {stage} {run.folder / 'run.toml'}"
+    do = f"cptain {stage} {shlex.quote(str(run.folder / 'run.toml'))}"
+    if submit.exists():
+        do = f"bash {shlex.quote(str(submit))}{stages}"
     if job.blocked:  # PBS deletes those behind it with it
         do = f"qdel {job.blocked}, then {do}"
     return f"{starts[-1].outcome}; then {do}" if failed else do

@@ -116,10 +116,10 @@ def _needed(site: Site, name: str) -> list[str]:
     for key, value in [*folders.items(), *site.environment.items()]:
         for braced, plain in re.findall(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", value or ""):
             variable = braced or plain
-            said = re.sub(r'(["`\\$])', r"\\\1", f'{key} = "{value}" of site {name}: {variable} is')
-            lines.append(f'[ -n "${{{variable}+set}}" ] || fail "{said} not set in this job"')
-            if key in folders:
-                lines.append(f'[ -n "${variable}" ] || fail "{said} empty in this job"')
+            said = re.sub(r'(["`\\$])', r"\\\1", f'{key} = "{value}" of site {name}')
+            asked = f"{variable}-" if key in folders else f"{variable}+set"
+            how = f"{variable} is ${{{variable}-not set}}${{{variable}+empty}} in this job"
+            lines.append(f'[ -n "${{{asked}}}" ] || fail "{said}: {how}"')
     return lines
 
 
