@@ -21,7 +21,11 @@ if [ "$state" ]; then  # the scheduler's own words, which cptain makes a table o
   mapfile -t jobs < <(cut -d " " -f 2 "$submitted")
   qstat > /dev/null || { echo "submit.sh: the scheduler does not answer: nothing is known of the jobs" >&2; exit 69; }
   for id in "${jobs[@]}"; do  # one by one: OpenPBS's master branch prints the first of several alone
-    qstat -x -f -F json -t "$id" 2> /dev/null || { [ $? != 153 ] || printf '{"purged": "%s"}\n' "$id"; }
+    status=0 said=$(qstat -x -f -F json -t "$id" 2> /dev/null) || status=$?
+    if [[ $status = 0 && $said != *'"Jobs"'* ]]; then  # where PBS keeps no history, -x says nothing of any job
+      said=$(qstat -f -F json -t "$id" 2> /dev/null) || status=$?
+    fi
+    if [ $status = 153 ]; then printf '{"purged": "%s"}\n' "$id"; else printf '%s\n' "$said"; fi
   done |
     (cd "$here" && apptainer exec /gs/bs/tga-okazaki/ma/cptain.sif cptain status --jobs submitted)
   exit
@@ -53,7 +57,7 @@ submit() {  # NAME LINK FOLDER SCRIPT [NAME...]: submit a script, to start once 
   [[ $stages = *" $(basename "$script" .sh) "* ]] || return 0
   shift 4
   for id; do after+=${ids[$id]:+:${ids[$id]}}; done
-  variables=LINK=$link${last:+,LAST=1}$(sed -n 's/^#PBS -v /,/p' "$script")  # whose place -v would take
+  variables=LINK=$link${last:+,LAST=1}$(sed -n 's/^#PBS -v /,/p' "$script" | xargs -r printf %s)  # whose place -v would take; qsub drops quotes
   command=(qsub -v "$variables" ${after:+-W "depend=afterany$after"} "$script")
   if [ "$dry_run" ]; then ids[$name]=ID-of-$name; printf '%q ' "${command[@]}"; echo; return; fi
   keep "$(dirname "$script")"

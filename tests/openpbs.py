@@ -7,11 +7,16 @@ node1, ...) and ends; there is no server. FOLDER has a JSON file a job, with the
 
     kill_delay    seconds between the two SIGTERMs of a deletion, and from the second to SIGKILL; default 5
     first_only    if it is there, qstat prints the first of several jobs alone, as OpenPBS's master branch does
+    no_history    if it is there, qstat knows no job that has ended, and with -x none at all: PBS keeps no history
+    full          if it is there, no job starts: one that waits for nothing is queued
 
-The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`;
-OMP_NUM_THREADS is the cores of the node; a job starts in $HOME; its output is in a spool until it ends, and then for
-its owner alone but for -W umask; chunks are packed on one host unless place=scatter; deleting a waiting job deletes
-what hangs on it; a deleted or late job gets SIGTERM twice.
+The rules: a job gets no variable of the shell but those of -v, and -v takes the place of the script's own `#PBS -v`; a
+value's comma needs quotes, which qsub drops: once of an argument, twice of a directive; OMP_NUM_THREADS is the cores of
+the node; a job starts in $HOME; its output is in a spool until it ends, and then for its owner alone but for -W umask;
+chunks are packed on one host unless place=scatter; a deleted or late job gets SIGTERM twice, and SIGKILL, but for its
+processes in sessions of their own. Of a job that is deleted before it began: if it waits for others, what waits for it
+is deleted too; if it is queued, what waits for it is held for ever, but an array lets it go. `depend` of qstat names
+what a job waits for until that has ended, and what waits for it.
 """
 
 import json
@@ -29,6 +34,7 @@ from typing import Any
 SERVER = "pbs0"
 ENDED, UNKNOWN = 35, 153  # exit statuses of qstat
 CORES = "16"
+DELETED, WITH_ANOTHER = 91, 92  # substates of jobs that never ran
 
 
 class Folder:
@@ -60,7 +66,7 @@ def options(script: Path, arguments: list[str]) -> dict[str, Any]:
     """What the script's directives and qsub's arguments say; of one option the last counts, -l and -W add up."""
     lines = script.read_text().splitlines()[1:]
     first = next((number for number, line in enumerate(lines) if line and not line.startswith("#")), len(lines))
-    words = [word for line in lines[:first] if line.startswith("#PBS ") for word in line.split(maxsplit=2)[1:]]
+    words = [word for line in lines[:first] if line.startswith("#PBS ") for word in _directive(line)]
     said: dict[str, Any] = {"-l": {}, "-W": {}}
     words += arguments
     for option, value in zip(words[::2], words[1::2], strict=True):
@@ -71,6 +77,30 @@ def options(script: Path, arguments: list[str]) -> dict[str, Any]:
     return said
 
 
+class Refused(Exception):
+    """What qsub says, with exit status 1."""
+
+
+def _directive(line: str) -> list[str]:
+    """An option and its value, without the quotes; "-vA=1" is one too."""
+    words = shlex.split(line)[1:]
+    words = [words[0][:2], words[0][2:]] if len(words) == 1 else words
+    if len(words) != 2:
+        raise Refused(f"directive error: {' '.join(words)} ")
+    return words
+
+
+def variables(given: str) -> dict[str, str]:
+    """Those of -v: a comma in quotes is none between them, and one without a value is this shell's."""
+    found = {}
+    for word in re.findall(r"""((?:'[^']*'|"[^"]*"|[^,'"])+)(?:,|$)""", given):
+        name, equals, value = re.sub(r"['\"]", "", word).partition("=")
+        if not equals and name not in os.environ:
+            raise Refused("cannot send environment with the job")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
 def qsub(folder: Folder, arguments: list[str]) -> int:
     script, said = Path(arguments[-1]), options(Path(arguments[-1]), arguments[:-1])
     with open(folder.path / "qsub", "a") as log:
@@ -79,10 +109,10 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
     if tasks and not re.fullmatch(r"1-([2-9]|\d{2,})", tasks):
         print("qsub: illegal -J value", file=sys.stderr)
         return 2
+    given = variables(said.get("-v", ""))
     number = len(list(folder.path.glob("*.sh"))) + 1
     job = f"{number}{'[]' if tasks else ''}.{SERVER}"
     folder.file(job, "sh").write_text(script.read_text())
-    given = [word if "=" in word else f"{word}={os.environ.get(word, '')}" for word in said.get("-v", "").split(",")]
     parts = re.fullmatch(r"(\d+)(?::mpiprocs=(\d+))?.*", said["-l"].get("select", "1"))
     assert parts
     chunks, processes = int(parts[1]), int(parts[2] or 1)
@@ -92,7 +122,8 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
         job,
         Job_Name=said.get("-N", script.name),
         job_state="H" if "depend" in said["-W"] else "Q",
-        Variable_List=dict(word.split("=", 1) for word in given if word) | {"PBS_O_WORKDIR": os.getcwd()},
+        Hold_Types="s" if "depend" in said["-W"] else "n",
+        Variable_List=given | {"PBS_O_WORKDIR": os.getcwd()},
         Resource_List=said["-l"],
         Submit_arguments=shlex.join(arguments),
         umask=said["-W"].get("umask", "077"),
@@ -107,21 +138,41 @@ def qsub(folder: Folder, arguments: list[str]) -> int:
     return 0
 
 
+def waits_for(folder: Folder, content: dict[str, Any]) -> list[str]:
+    """The jobs that one depends on and that have not let it go."""
+    named = [one for one in content.get("depend", "").split(":")[1:] if folder.file(one).exists()]
+    read = {one: folder.read(one) for one in named}
+    return [one for one in named if read[one]["job_state"] != "F" or not {"run_count", "array"} & set(read[one])]
+
+
+def lost(folder: Folder, content: dict[str, Any]) -> bool:
+    """One of them was deleted while it waited itself."""
+    ended = [one for one in map(folder.read, waits_for(folder, content)) if one["job_state"] == "F"]
+    return any(one["Hold_Types"] == "s" for one in ended)
+
+
 def run(folder: Folder, job: str) -> int:
     """The process of a job."""
     content, deleted = folder.read(job), folder.file(job, "deleted")
-    depends = [one for one in content.get("depend", "").split(":")[1:] if folder.file(one).exists()]
-    while any(folder.read(one)["job_state"] != "F" for one in depends) and not deleted.exists():
+    while not deleted.exists():
+        if lost(folder, content):
+            folder.write(job, job_state="F", substate=WITH_ANOTHER, Hold_Types="s")
+            return 0
+        if not waits_for(folder, content):
+            folder.write(job, job_state="Q", Hold_Types="n")
+            if not (folder.path / "full").exists():
+                break
         time.sleep(0.02)
-    if deleted.exists() or any("run_count" not in folder.read(one) for one in depends):  # one was deleted as it waited
-        folder.write(job, job_state="F")
+    else:
+        folder.write(job, job_state="F", substate=DELETED, Hold_Types="s" if waits_for(folder, content) else "n")
         return 0
     folder.write(job, job_state="B" if "array" in content else "R", run_count=1)
     tasks = int(content["array_indices_submitted"].partition("-")[2]) if "array" in content else 0
     status = 0
     for task in range(1, tasks + 1):
         name = job.replace("[]", f"[{task}]")
-        folder.write(name, **{key: content[key] for key in content if not key.startswith("array")}, array_id=job)
+        copied = {key: content[key] for key in content if not key.startswith("array")}
+        folder.write(name, **copied, array_id=job)
         status = max(status, execute(folder, name, job, str(task)) != 0)
     if tasks:
         folder.write(job, job_state="F", Exit_status=status)
@@ -172,11 +223,11 @@ def execute(folder: Folder, job: str, submitted: str, task: str) -> int:
 
 
 def living(folder: Folder, job: str) -> list[int]:
-    """The processes of a job, on all its hosts."""
+    """The processes of a job that PBS knows, on all its hosts: those of its sessions, which here is one."""
     mark, found = f"PBS_JOBCOOKIE={folder.file(job)}".encode(), []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # it ended meanwhile, or is another user's
-            if mark in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+            if os.getsid(int(pid)) == os.getsid(0) and mark in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
     return found
 
@@ -196,19 +247,39 @@ def end(folder: Folder, job: str) -> None:
 
 def qstat(folder: Folder, arguments: list[str]) -> int:
     jobs = [word for word in arguments if re.fullmatch(r"\d+(\[\])?\.\w+", word)]
-    if any(not folder.file(job).exists() for job in jobs):
+    history = not (folder.path / "no_history").exists()
+    if "-x" in arguments and not history:
+        print("qstat: PBS is not configured to maintain job history", file=sys.stderr)
+        print(json.dumps({"timestamp": int(time.time()), "pbs_server": SERVER}))
+        return 0
+    known = [job for job in jobs if folder.file(job).exists() and (history or folder.read(job)["job_state"] != "F")]
+    if len(known) < len(jobs):
         print(f"qstat: Unknown Job Id {jobs[0]}", file=sys.stderr)
         return UNKNOWN
     if "-x" not in arguments:
         over = [job for job in jobs if folder.read(job)["job_state"] == "F"]
         print("\n".join(f"qstat: {job} Job has finished, use -x or -H" for job in over), file=sys.stderr)
-        return ENDED if over else 0
+        if over or "-f" not in arguments:
+            return ENDED if over else 0
     if (folder.path / "first_only").exists():
         jobs = jobs[:1]
     files = [file for job in jobs for file in (folder.file(job), *_tasks(folder, job))]
     found = {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in files}
+    for job in jobs:
+        found[job].pop("depend", None)
+        if depend := _depend(folder, job):
+            found[job]["depend"] = depend
     print(json.dumps({"timestamp": int(time.time()), "pbs_server": SERVER, "Jobs": found}, indent="\t"))
     return 0
+
+
+def _depend(folder: Folder, job: str) -> str:
+    every = {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in folder.path.glob("*.json")}
+    after, kind = waits_for(folder, every[job]), every[job].get("depend", "").partition(":")[0]
+    before = [other for other in every if job in every[other].get("depend", "").split(":")[1:]]
+    kinds = {kind: after, kind.replace("after", "before") or "beforeany": before}
+    listed = {kind: "".join(f":{one}@{SERVER}" for one in names) for kind, names in kinds.items()}
+    return ",".join(kind + names for kind, names in listed.items() if names)
 
 
 def _tasks(folder: Folder, job: str) -> list[Path]:
@@ -240,7 +311,11 @@ def main() -> int:
     commands = {"qsub": qsub, "qstat": qstat, "qdel": qdel, "pbs_tmrsh": pbs_tmrsh}
     if name == "run":
         return run(Folder(Path(folder)), arguments[0])
-    return commands[name](Folder(Path(folder)), arguments)
+    try:
+        return commands[name](Folder(Path(folder)), arguments)
+    except Refused as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The rendered jobs on a real Grid Engine and a real Slurm, each with two pretend hosts (tests/cluster), in the image.
 
-PBS Professional is in no package registry: its scripts differ in their headers and in pbs_tmrsh, and what it says is
-tested from recordings in tests/test_job_states.py.
+PBS is in no package registry, and OpenPBS takes minutes to build: its scripts differ in their headers and in pbs_tmrsh;
+what it says is tested from recordings in tests/test_job_states.py, and its rules are in tests/openpbs.py.
 """
 
 import json

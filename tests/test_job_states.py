@@ -33,15 +33,59 @@ def state_words(text: str) -> list[tuple[str, str, str]]:
         ("qstat-deleted", [("5.pbs0", "ending", "pbs0")]),
         ("qstat-exit7", [("1.pbs0", "failed", "exit status 7")]),
         ("qstat-queued-too-big", [("6.pbs0", "queued", "Can Never Run: Not enough total nodes available")]),
-        ("qstat-afterok-of-a-failed-job", [("2.pbs0", "never ran", "depends on afterok:1.pbs0@pbs0")]),
+        ("qstat-afterok-of-a-failed-job", [("2.pbs0", "never ran", "depends on afterok:1.pbs0")]),
         (
             "qstat-array-task3-exit7",
             [("3[].pbs0", "done", ""), ("3[].pbs0", "done", ""), ("3[].pbs0", "failed", "exit status 7")],
+        ),
+        (
+            "qstat-chain",
+            [
+                ("68[].pbs0", "waiting", "held by qhold: qrls 68[].pbs0"),
+                ("69.pbs0", "queued", "Can Never Run: Insufficient amount of resource: ncpus (R: 9 A: 4 T: 4)"),
+                ("70.pbs0", "waiting", "afterany:68[].pbs0:69.pbs0"),
+                ("71.pbs0", "waiting", "afterany:70.pbs0"),
+            ],
+        ),
+        (
+            "qstat-blocked",
+            [
+                ("69.pbs0", "never ran", "deleted before it began"),
+                ("70.pbs0", "blocked", "69.pbs0 never began: qdel 70.pbs0, and submit again"),
+                ("71.pbs0", "blocked", "70.pbs0 never began: qdel 71.pbs0, and submit again"),
+            ],
+        ),
+        ("qstat-held", [("71.pbs0", "waiting", "afterany:70.pbs0, held by qhold: qrls 71.pbs0")]),
+        (
+            "qstat-deleted-waiting",
+            [
+                ("69.pbs0", "never ran", "deleted before it began"),
+                ("70.pbs0", "never ran", "deleted before it began"),
+                ("71.pbs0", "never ran", "depends on afterany:70.pbs0"),
+            ],
         ),
     ],
 )
 def test_what_a_real_openpbs_said_is_understood(recording: str, states: list[tuple[str, str, str]]) -> None:
     assert state_words((RECORDINGS / "openpbs" / f"{recording}.json").read_text()) == states
+
+
+@pytest.mark.parametrize(
+    ("recording", "job", "row"),
+    [
+        ("qstat-array-mixed", "72", "4 running, 1 failed, 1 queued  task 2: exit status 7"),
+        ("qstat-array-ending", "68", "2 ending  node0"),
+        ("qstat-array-deleted", "68", "2 deleted  tasks 1, 2: by jobuser@pbs0"),
+    ],
+)
+def test_an_array_of_a_real_openpbs_names_its_tasks(recording: str, job: str, row: str, tmp_path: Path) -> None:
+    submitted = tmp_path / "submitted"
+    submitted.write_text(f"preprocess {job}[].pbs0\n")
+    said = (RECORDINGS / "openpbs" / f"{recording}.json").read_text()
+    assert table(submitted, said) == [f"preprocess  {job}[].pbs0  {row}"]
+    if recording == "qstat-array-mixed":
+        before = said.replace('"job_state":\t"X"', '"job_state":\t"R"')  # of task 2, before it failed
+        assert table(submitted, before) == ["preprocess  72[].pbs0  5 running, 1 queued  node0, node1"]
 
 
 def test_jobs_that_stopped_with_work_left_are_told_from_failures() -> None:
@@ -85,7 +129,7 @@ def test_the_state_of_submitted_jobs_is_what_cptain_makes_of_the_scheduler_s_out
     done = subprocess.run(["bash", submit, "--state"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "preprocess  3[].pbs0  2 done, 1 failed  exit status 7",
+        "preprocess  3[].pbs0  2 done, 1 failed  task 3: exit status 7",
         "convert     1.pbs0    unknown",
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, cptain
 from cptain.run_file import load_run
 from stand_ins import Submission, programs
 
@@ -105,6 +105,68 @@ def test_a_deleted_job_is_told_twice_and_followed_by_the_next_and_deleting_a_wai
         ["train.3", "never ran"],
         ["export", "never ran"],
     ]
+
+
+def test_what_waits_is_named_and_what_waits_for_a_job_deleted_in_the_queue_is_blocked(
+    make_submission: MakeSubmission,
+) -> None:
+    submission = make_submission(STATUSES, jobs__chain=2)
+    full = submission.pbs / "full"
+    full.touch()
+    jobs = submission.submit_only()
+    assert states(submission) == [
+        ["preprocess", "queued"],
+        ["convert", "queued"],
+        ["train.1", "waiting", f"afterany:{jobs['preprocess']}:{jobs['convert']}"],
+        ["train.2", "waiting", f"afterany:{jobs['train.1']}"],
+        ["export", "waiting", f"afterany:{jobs['train.2']}"],
+    ]
+    submission.run("qdel", jobs["convert"])
+    while submission.job(jobs["convert"])["job_state"] != "F":
+        time.sleep(0.02)
+    full.unlink()
+    while submission.job(jobs["preprocess"])["job_state"] != "F":
+        time.sleep(0.02)
+    blocked = "{} never began: qdel {}, and submit again"
+    assert states(submission) == [
+        ["preprocess", "2 done"],
+        ["convert", "never ran", "deleted before it began"],
+        ["train.1", "blocked", blocked.format(jobs["convert"], jobs["train.1"])],
+        ["train.2", "blocked", blocked.format(jobs["train.1"], jobs["train.2"])],
+        ["export", "blocked", blocked.format(jobs["train.2"], jobs["export"])],
+    ]
+    overview = cptain("status", submission.submit.parents[2]).stdout.splitlines()[1]
+    assert f"  qdel {jobs['train.1']}, then bash {submission.submit}" in overview
+    submission.run("qdel", jobs["train.1"])
+    submission.wait()
+    assert states(submission)[2:] == [
+        ["train.1", "never ran", "deleted before it began"],
+        ["train.2", "never ran", f"depends on afterany:{jobs['train.1']}"],
+        ["export", "never ran", f"depends on afterany:{jobs['train.2']}"],
+    ]
+
+
+def test_a_pbs_that_keeps_no_history_tells_of_the_jobs_that_it_has(make_submission: MakeSubmission) -> None:
+    submission = make_submission(STATUSES)
+    for name in ("no_history", "full"):
+        (submission.pbs / name).touch()
+    jobs = submission.submit_only("convert", "train")
+    assert states(submission) == [["convert", "queued"], ["train.1", "waiting", f"afterany:{jobs['convert']}"]]
+    (submission.pbs / "full").unlink()
+    submission.wait()
+    assert states(submission) == [[name, "purged", "PBS has forgotten it"] for name in ("convert", "train.1")]
+
+
+def test_an_array_that_was_deleted_in_the_queue_holds_nothing_back(make_submission: MakeSubmission) -> None:
+    submission = make_submission(STATUSES)
+    (submission.pbs / "full").touch()
+    jobs = submission.submit_only("preprocess", "train")
+    submission.run("qdel", jobs["preprocess"])
+    while states(submission)[1] != ["train.1", "queued"]:
+        time.sleep(0.02)
+    (submission.pbs / "full").unlink()
+    submission.wait()
+    assert states(submission) == [["preprocess", "never ran", "deleted before it began"], ["train.1", "done"]]
 
 
 def test_a_deleted_array_and_a_job_that_its_walltime_ended_are_told_apart(make_submission: MakeSubmission) -> None:

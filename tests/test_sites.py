@@ -1,6 +1,7 @@
 """Site files: what is wrong in one, and what each site of the project asks its scheduler for."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import tomli_w
 from conftest import PROJECT, RunFileMaker, cptain, refused
 from cptain.run_file import load_run
 from cptain.scheduling.sites import load_site
-from stand_ins import shellcheck
+from stand_ins import Submission, shellcheck, write_site
 
 SITES = sorted(file.stem for file in (PROJECT / "jobs" / "sites").glob("*.toml"))
 
@@ -66,6 +67,51 @@ def test_a_site_file_of_one_s_own_works_by_path(tmp_path: Path, make_jobs_run: R
         "HF_HOME=/c c/huggingface",
         "XDG_CACHE_HOME=/c c",
     ]
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("stage", ["convert", "train", "doctor"])
+def test_a_site_s_folder_with_a_variable_that_the_job_has_not_is_one_line(
+    value: str | None, stage: str, tmp_path: Path, make_jobs_run: RunFileMaker
+) -> None:
+    site = write_site(
+        tmp_path / "ours.toml", scratch="${LOCAL_DISK}/x", cache="$HOME/$LOCAL_DISK/c", environment={"A": "$LOCAL_DISK"}
+    )
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\ntouch "{tmp_path}/began"\n')
+    program.chmod(0o755)
+    image = tmp_path / "cptain.sif"
+    image.touch()
+    file = make_jobs_run(jobs__nodes=1, jobs__image=str(image))
+    assert cptain("jobs", file, "--site", site).exit_code == 0
+    script = load_run(file).folder / "jobs" / f"{stage}.sh"
+    shellcheck(script)
+    environment = {"HOME": "/home/me", "PATH": f"{program.parent}:/usr/bin:/bin", "HOSTNAME": "node0"}
+    environment |= {} if value is None else {"LOCAL_DISK": value}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    why = "is not set in this job" if value is None else "is empty in this job"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'{stage}.sh on node0: scratch = "${{LOCAL_DISK}}/x" of site ours: LOCAL_DISK {why}\n'
+    assert not (tmp_path / "began").exists()
+
+
+def test_a_variable_of_a_site_may_be_empty_or_have_a_default(make_submission: Callable[..., Submission]) -> None:
+    values = {"A": "$EMPTY", "B": "${NONE:-no}", "C": "a$"}
+    submission = make_submission(site={"scratch": "${NONE:-/tmp}/x", "environment": values})
+    script = submission.submit.with_name("convert.sh")
+    done = submission.run("bash", script, EMPTY="")
+    assert (done.returncode, done.stderr) == (0, "")
+    had = submission.environment("convert.")
+    assert {name: had[name] for name in ("A", "B", "C", "TMPDIR")} == {
+        "A": "",
+        "B": "no",
+        "C": "a$",
+        "TMPDIR": "/tmp/x",
+    }
+    done = submission.run("bash", script, HOSTNAME="node0")
+    assert done.returncode == 1
+    assert done.stderr == 'convert.sh on node0: A = "$EMPTY" of site here: EMPTY is not set in this job\n'
 
 
 def test_every_site_of_the_project_is_right() -> None:

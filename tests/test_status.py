@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,18 @@ def test_every_stage_of_a_run_says_what_to_do_next(
     assert [row[0].strip() for row in table] == ["run", "new", "run"]
 
 
+def test_what_to_do_can_be_pasted_where_a_folder_s_name_is_odd(make_run: RunFileMaker, tmp_path: Path) -> None:
+    file = make_run(work_dir=str(tmp_path / '走る it\'s "q"'), jobs__image="/x.sif", jobs__site="local")
+    assert cptain("jobs", file).exit_code == 0
+    run = load_run(file)
+    for submit, words in (
+        (run.folder / "jobs" / "submit.sh", ["bash"]),
+        (run.folder / "run.toml", ["cptain", "preprocess"]),
+    ):
+        assert shlex.split(next_of(run)) == [*words, str(submit)]
+        (run.folder / "jobs" / "submit.sh").unlink(missing_ok=True)
+
+
 def test_a_link_that_failed_says_what_the_next_one_does(own_run: RunFile) -> None:
     one = dataclasses.replace(read_history(own_run.folder)[0], steps=20, outcome="failed: node1: SIGKILL")
     write_history(own_run.folder, [one])
@@ -132,6 +145,27 @@ def test_a_link_that_failed_says_what_the_next_one_does(own_run: RunFile) -> Non
     (jobs / "states.json").write_text(json.dumps({"time": time.time(), "words": {}}))
     (jobs / "submitted").unlink()
     assert next_of(own_run) == f"failed: node1: SIGKILL; then bash {jobs}/submit.sh train export"
+
+
+def test_a_start_that_was_killed_before_it_could_say_so_is_over_once_the_scheduler_has_told(own_run: RunFile) -> None:
+    (one,) = read_history(own_run.folder)
+    write_history(own_run.folder, [dataclasses.replace(one, steps=20, saved=4, outcome=RUNNING, ended="")])
+    jobs = own_run.folder / "jobs"
+    jobs.mkdir()
+    (jobs / "submitted").write_text(f"train.1 1.pbs0 {jobs}\ntrain.2 2.pbs0 {jobs}\nexport 3.pbs0 {jobs}\n")
+    (jobs / "submit.sh").touch()
+    again = f"bash {jobs}/submit.sh train export"
+    for words, later, says in (
+        (("running", "waiting", "waiting"), 1, "wait"),
+        (("failed", "never ran", "never ran"), -86400, "wait"),  # told before this training began
+        (("failed", "never ran", "never ran"), 86400, f"killed; then {again}"),
+        (("failed", "blocked", "blocked"), 86400, f"killed; then qdel 2.pbs0, then {again}"),
+    ):
+        told = {"time": time.time() + later, "words": {f"{job}.pbs0": word for job, word in enumerate(words, 1)}}
+        (jobs / "states.json").write_text(json.dumps(told))
+        assert next_of(own_run) == says
+    said = cptain("status", own_run.folder).stdout
+    assert ": steps 1 to 8, saved at 4: killed\n" in said
 
 
 def test_jobs_have_the_words_that_the_scheduler_last_told(make_submission: MakeSubmission) -> None:

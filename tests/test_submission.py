@@ -21,6 +21,23 @@ def test_a_site_s_own_variables_are_joined_with_those_of_submit(make_submission:
     ]
     script = (submission.submit.parent / "train.sh").read_text()
     assert script.count("#PBS -v ") == 1  # of two, PBS takes the last
+    assert "another run file: qsub -v RUN=FILE,IMAGE=FILE,USE_SSH=1,A=2 train.sh\n" in script
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_site_s_own_variables_may_be_quoted(by_hand: bool, make_submission: Callable[..., Submission]) -> None:
+    """As a real qsub takes them: the quotes of a directive are dropped before it reads the value as an argument's."""
+    submission = make_submission(site={"cpu": ['-vA="x y"', '-v "B=1 2"', "-v \"C='1,2'\",D=4"]})
+    if by_hand:
+        script = submission.submit.with_name("convert.sh")
+        line = next(line for line in script.read_text().splitlines() if "another run file: " in line)
+        command = line.partition("another run file: ")[2].replace("RUN=FILE,IMAGE=FILE,", "").replace("convert.sh", "")
+        assert submission.run("bash", "-c", f'{command} "{script}"').returncode == 0
+        submission.wait()
+    else:
+        submission("convert")
+    had = submission.environment("convert.")
+    assert [had[name] for name in "ABCD"] == ["x y", "1 2", "1,2", "4"]
 
 
 def test_variables_of_the_user_reach_every_container_as_they_are(make_submission: Callable[..., Submission]) -> None:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class Start:
 def now() -> str:
     """The local time, as the history has it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def moment(local: str) -> float:
+    """A time of the history, in seconds since 1970."""
+    return datetime.strptime(local, "%Y-%m-%dT%H:%M:%S%z").timestamp()
 
 
 def read_history(run_folder: Path) -> list[Start]:

@@ -8,10 +8,9 @@ line of its own, or a save; what lies before the first is the start.
 import math
 from bisect import bisect
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
 from typing import Any
 
-from cptain.history import RUNNING, Start
+from cptain.history import RUNNING, Start, moment
 from cptain.progress import duration
 
 
@@ -48,11 +47,6 @@ class Times:
         return [(name, duration(value), f"{value / self.whole:.1%}") for name, value in named]
 
 
-def _seconds(local: str) -> float:
-    """A time of the history, in seconds since 1970."""
-    return datetime.strptime(local, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-
-
 def _kept(starts: list[Start], saved: int) -> list[float]:
     """For each start the last of its steps that count: beyond it, a later one did them again, or they are not saved."""
     until = [min((later.start for later in starts[number:]), default=math.inf) for number in range(1, len(starts) + 1)]
@@ -72,7 +66,7 @@ def spent(starts: list[Start], lines: list[dict[str, Any]], saved: int, submitte
     """
     if not starts:
         return Times()
-    began = [_seconds(start.began) for start in starts]
+    began = [moment(start.began) for start in starts]
     sums = dict.fromkeys((one.name for one in fields(Times)), 0.0)
     until, last, stepped = _kept(starts, saved), list(began), [False] * len(starts)
     for line in lines:
@@ -90,8 +84,8 @@ def spent(starts: list[Start], lines: list[dict[str, Any]], saved: int, submitte
         stepped[number] = True
     for number, start in enumerate(starts):
         if start.ended:
-            sums["saved"] += max(0.0, _seconds(start.ended) - last[number])
-            last[number] = max(last[number], _seconds(start.ended))
+            sums["saved"] += max(0.0, moment(start.ended) - last[number])
+            last[number] = max(last[number], moment(start.ended))
         before = last[number - 1] if number else submitted or began[0]
         sums["waited"] += max(0.0, began[number] - before)
     return Times(**sums)

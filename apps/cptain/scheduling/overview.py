@@ -5,16 +5,17 @@ Light to import, and little is read: of the metrics their end. The scheduler is 
 """
 
 import json
+import shlex
 import time
 import tomllib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cptain.checkpoint.tracker import TRACKER, read_tracker
 from cptain.errors import CptainError, bad_usage, one_line
-from cptain.history import RUNNING, Start, read_history
+from cptain.history import KILLED, RUNNING, Start, moment, read_history
 from cptain.progress import duration, human
 from cptain.run_file import RunFile, load_run
 from cptain.scheduling.chain import Times, spent
@@ -126,8 +127,24 @@ def submissions(work_dir: Path) -> dict[Path, Path]:
     return found
 
 
-def _job(submitted: Path, scripts: Path, stage: str) -> tuple[str | None, str | None, float | None]:
-    """The job of a run that matters now, how it is, and when the scheduler told so; "submitted" where it has not."""
+@dataclass(frozen=True)
+class _Job:
+    """The job of a run that matters now.
+
+    Attributes:
+        id: the scheduler's; None where there is none.
+        word: how it is; "submitted" where the scheduler has not told yet.
+        told: when it has.
+        blocked: the first job of the run that waits for one that never began, and would for ever.
+    """
+
+    id: str | None = None
+    word: str | None = None
+    told: float | None = None
+    blocked: str | None = None
+
+
+def _job(submitted: Path, scripts: Path, stage: str) -> _Job:
     told: dict[str, Any] = {"time": None, "words": {}}
     with suppress(OSError, ValueError):
         if told_file(submitted).stat().st_mtime >= submitted.stat().st_mtime:  # else of an earlier submission
@@ -142,11 +159,13 @@ def _job(submitted: Path, scripts: Path, stage: str) -> tuple[str | None, str | 
     of_stage = [one.job for one in jobs if one.name.startswith(stage)] or [one.job for one in jobs[-1:]]
     alive = [job for job in of_stage if any(word in words.get(job, "") for word in _ALIVE)]
     job = next(iter(alive or of_stage[-1:]), None)
-    return job, words.get(job, "submitted") if job else None, told["time"]
+    blocked = next((one.job for one in jobs if words.get(one.job) == "blocked"), None)
+    return _Job(job, words.get(job, "submitted") if job else None, told["time"], blocked)
 
 
-def _next(run: RunFile, stage: str, word: str | None, saved: int, starts: list[Start]) -> str:
+def _next(run: RunFile, stage: str, job: _Job, saved: int, starts: list[Start]) -> str:
     """What to do."""
+    word = job.word
     if stage == "done":
         return ""
     failed = stage == "train" and starts and starts[-1].outcome.startswith(("failed", "killed"))
@@ -157,10 +176,24 @@ def _next(run: RunFile, stage: str, word: str | None, saved: int, starts: list[S
         return "wait"
     submit = run.folder / "jobs" / "submit.sh"
     if word == "submitted":
-        return f"bash {submit} --state"
+        return f"bash {shlex.quote(str(submit))} --state"
     stages = {"train": " train export", "export": " export"}.get(stage, "")
-    do = f"bash {submit}{stages}" if submit.exists() else f"cptain {stage} {run.folder / 'run.toml'}"
+    do = f"cptain {stage} {shlex.quote(str(run.folder / 'run.toml'))}"
+    if submit.exists():
+        do = f"bash {shlex.quote(str(submit))}{stages}"
+    if job.blocked:  # PBS deletes those behind it with it
+        do = f"qdel {job.blocked}, then {do}"
     return f"{starts[-1].outcome}; then {do}" if failed else do
+
+
+def _over(starts: list[Start], job: _Job) -> list[Start]:
+    """The same history; but what a killed job left as running has ended, where the scheduler has told since it began
+    that no job of its stage is under way.
+    """
+    over = job.word not in (None, "submitted", "unknown") and not any(one in str(job.word) for one in _ALIVE)
+    if starts and starts[-1].outcome == RUNNING and over and job.told and job.told > moment(starts[-1].began):
+        return [*starts[:-1], replace(starts[-1], outcome=KILLED)]
+    return starts
 
 
 def look(run: RunFile, submitted: Path | None) -> Overview:
@@ -173,13 +206,14 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
     Raises:
         CptainError: its history cannot be read.
     """
-    starts, lines = read_history(run.folder), _last_lines(metrics_file(run))
-    steps = starts[-1].steps if starts else run.train.steps
+    history, lines = read_history(run.folder), _last_lines(metrics_file(run))
+    steps = history[-1].steps if history else run.train.steps
     saved, exported = _saved(run.checkpoints_folder), _exported(run)
     stage = _stage(run, saved, steps, exported)
     done = [line for line in lines if "loss" in line]
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    job, word, told = _job(submitted, (run.folder / "jobs").resolve(), stage) if submitted else (None, None, None)
+    job = _job(submitted, (run.folder / "jobs").resolve(), stage) if submitted else _Job()
+    starts = _over(history, job)
     seconds = sorted(line["step_seconds"] for line in done)
     speeds = sorted(line["tokens_per_second"] for line in done)
     step = done[-1]["step"] if done else None
@@ -188,9 +222,9 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
     return Overview(
         name=run.name,
         stage=stage,
-        job=job,
-        word=word,
-        told=told,
+        job=job.id,
+        word=job.word,
+        told=job.told,
         step=step,
         steps=steps,
         loss=done[-1]["loss"] if done else None,
@@ -199,7 +233,7 @@ def look(run: RunFile, submitted: Path | None) -> Overview:
         seconds_left=left,
         checkpoint=saved,
         exported=exported,
-        next=_next(run, stage, word, saved or 0, starts),
+        next=_next(run, stage, job, saved or 0, starts),
     )
 
 
@@ -302,7 +336,8 @@ def look_closely(run: RunFile) -> Detail:
         CptainError: its history cannot be read.
     """
     submitted = submissions(run.work_dir).get((run.folder / "jobs").resolve())
-    starts = read_history(run.folder)
+    overview = look(run, submitted)
+    starts = _over(read_history(run.folder), _Job(overview.job, overview.word, overview.told))
     when = submitted.stat().st_mtime if submitted else None
     times = spent(starts, read_lines(metrics_file(run)), _saved(run.checkpoints_folder) or 0, when)
-    return Detail(look(run, submitted), times, starts)
+    return Detail(overview, times, starts)

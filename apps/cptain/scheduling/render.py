@@ -85,6 +85,12 @@ def job_name(stage: str, run_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{stage}-{run_name}")[:60].rstrip("-.")
 
 
+def _another_run(site: Site, directives: list[str], script: str) -> str:
+    """How a script is submitted for another run file; qsub's -v takes the place of that of the script."""
+    more = _variables(directives) if site.scheduler in ("pbs", "gridengine") else ""
+    return f"{_ANOTHER_RUN[site.scheduler]}{',' if more else ''}{more} {script}"
+
+
 def _environment(site: Site) -> list[str]:
     """The site's variables as NAME="value" for the shell."""
     settings = dict(site.environment)
@@ -101,11 +107,32 @@ def _environment(site: Site) -> list[str]:
     return lines
 
 
+def _needed(site: Site, name: str) -> list[str]:
+    """Lines of a script that refuse variables in the site's values which the job has not: a folder would be empty, or
+    at the root. ${NAME:-default} needs none.
+    """
+    folders = {"scratch": site.scratch, "cache": site.cache}
+    lines = []
+    for key, value in [*folders.items(), *site.environment.items()]:
+        for braced, plain in re.findall(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", value or ""):
+            variable = braced or plain
+            said = re.sub(r'(["`\\$])', r"\\\1", f'{key} = "{value}" of site {name}')
+            asked = f"{variable}-" if key in folders else f"{variable}+set"
+            how = f"{variable} is ${{{variable}-not set}}${{{variable}+empty}} in this job"
+            lines.append(f'[ -n "${{{asked}}}" ] || fail "{said}: {how}"')
+    return lines
+
+
 def _one_variable_list(directives: list[str]) -> list[str]:
-    """Directives with their "-v A=1" joined into one: of several, PBS takes the last."""
-    variables = [line.removeprefix("-v ").strip() for line in directives if line.startswith("-v ")]
-    others = [line for line in directives if not line.startswith("-v ")]
-    return [*others, *([f"-v {','.join(variables)}"] if variables else [])]
+    """Directives with their "-v A=1" (or "-vA=1") joined into one: of several, PBS takes the last."""
+    variables = _variables(directives)
+    others = [line for line in directives if not line.startswith("-v")]
+    return [*others, *([f"-v {variables}"] if variables else [])]
+
+
+def _variables(directives: list[str]) -> str:
+    """Those of all their -v, as a script or a shell has them."""
+    return ",".join(line.removeprefix("-v").strip() for line in directives if line.startswith("-v"))
 
 
 def _earlier_seconds_per_step(run: RunFile) -> float | None:
@@ -184,7 +211,7 @@ def _shortest(*durations: str | None) -> str:
 
 
 def _scripts(
-    run: RunFile, site: Site, run_file: str, rendered_by: str, templates: jinja2.Environment
+    run: RunFile, site: Site, site_name: str, run_file: str, rendered_by: str, templates: jinja2.Environment
 ) -> dict[str, str]:
     """The text of the run's stage scripts, by file name."""
     jobs = run.jobs
@@ -204,7 +231,7 @@ def _scripts(
             name=run.name,
             job_name=job_name(stage, run.name),
             rendered_by=rendered_by,
-            another_run=f"{_ANOTHER_RUN[site.scheduler]} {stage}.sh",
+            another_run=_another_run(site, directives, f"{stage}.sh"),
             scheduler=site.scheduler,
             launcher=site.launcher,
             group=jobs.group,
@@ -220,6 +247,7 @@ def _scripts(
             apptainer=site.apptainer,
             binds=site.binds,
             environment=_environment(site),
+            needed=_needed(site, site_name),
             nodes=jobs.nodes,
             gpus=site.gpus,
             cores_per_gpu=site.cores_per_gpu,
@@ -330,7 +358,7 @@ def render(run: RunFile, file: Path, site_name: str | None, out: Path | None, ty
         rendered = _Rendered(
             one, folder, None if out else one.logs_folder, chain_length(one, estimated_step(one, site))
         )
-        texts.append((rendered, frozen, _scripts(one, site, str(frozen), rendered_by, templates)))
+        texts.append((rendered, frozen, _scripts(one, site, site_file.stem, str(frozen), rendered_by, templates)))
     submit_folder = out or run.folder / "jobs"
     written = []
     for rendered, frozen, scripts in texts:

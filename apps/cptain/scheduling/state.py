@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cptain import atomic
 from cptain.errors import RESUMABLE, CptainError
 
 _PBS_WALLTIME = -29  # JOB_EXEC_KILL_WALLTIME of pbs_error.h
+_PBS_DELETED = 91  # JOB_SUBSTATE_TERMINATED of pbs_internal.h; 92, FINISHED, of one that PBS deleted with another
 _GRIDENGINE_WALLTIME = "37"  # what is `failed` where the qmaster ended a job for its h_rt
 _IN_QUEUE = ("waiting", "queued", "running", "ending")
 _ARRAY_TASK = re.compile(r"\[\d*\]")
@@ -32,14 +33,17 @@ class State:
 
     Attributes:
         job: the scheduler's id.
-        word: waiting (for other jobs), queued, running, ending (was deleted), done, stopped (with work left), failed,
-            timeout, deleted, never ran, or purged (the scheduler has forgotten it).
+        word: waiting (for other jobs), blocked (waits for what will never end), queued, running, ending (was deleted),
+            done, stopped (with work left), failed, timeout, deleted, never ran, or purged (the scheduler has forgotten
+            it).
         detail: hosts, exit status or the scheduler's reason.
+        task: the number in its array, or empty.
     """
 
     job: str
     word: str
     detail: str = ""
+    task: str = ""
 
 
 def _ended(job: str, status: int, signal: int = 0, detail: str = "") -> State:
@@ -69,33 +73,63 @@ def _documents(text: str) -> Iterator[dict[str, Any]]:
 
 def _pbs(text: str) -> Iterator[State]:
     jobs: dict[str, dict[str, Any]] = {}
+    gone: set[str] = set()  # jobs that will not end any more, because they are forgotten, or were deleted in the queue
     for document in _documents(text):
         jobs |= document.get("Jobs", {})
         if "purged" in document:
+            gone.add(document["purged"])
             yield State(document["purged"], "purged", "PBS has forgotten it")
+    gone |= {name for name, job in jobs.items() if job.get("job_state") == "F" and "Exit_status" not in job}
+    held = {name for name, job in jobs.items() if job.get("array") == "True" and job.get("job_state") in ("H", "W")}
     for name, job in jobs.items():
-        if job.get("array") == "True" and any(_ARRAY_TASK.sub("[]", other) == name != other for other in jobs):
+        array = _ARRAY_TASK.sub("[]", name)
+        if array != name and array in held:
+            continue  # qstat says of its tasks that they are queued
+        tasks = (other for other in jobs if _ARRAY_TASK.sub("[]", other) == name != other)
+        if job.get("array") == "True" and name not in held and any(tasks):
             continue  # its tasks say more
-        identity, comment = _ARRAY_TASK.sub("[]", name), job.get("comment", "")
-        state, status = job.get("job_state"), job.get("Exit_status")
-        hosts = ", ".join(dict.fromkeys(part.partition("/")[0] for part in job.get("exec_host", "").split("+")))
-        if state in ("F", "X"):
-            if status is None:
-                yield State(identity, "never ran", f"depends on {job['depend']}" if "depend" in job else comment)
-            elif status == _PBS_WALLTIME or "exceeded resource walltime" in comment:
-                yield _timeout(identity)
-            elif "terminated by" in comment:  # an array's task then has exit status 1
-                yield State(identity, "deleted", comment.partition("terminated ")[2])
-            elif status > 256:  # PBS adds 256 to the number of a signal
-                yield _ended(identity, 0, status - 256)
-            else:
-                yield _ended(identity, status)
-        elif state in ("R", "E", "B"):
-            yield State(identity, "ending" if "terminated" in comment else "running", hosts)
-        elif state in ("H", "W"):
-            yield State(identity, "waiting", job.get("depend", comment))
-        else:
-            yield State(identity, "queued", comment)
+        state = _pbs_job(array, job, gone)
+        if state.word == "blocked":
+            gone.add(name)  # and so is what waits for it: jobs come in the order of their submission
+        yield replace(state, task="".join(re.findall(r"\[(\d+)\]", name)))
+
+
+def _pbs_job(identity: str, job: dict[str, Any], gone: set[str]) -> State:
+    """How one job is, or one task; `gone` are those that no job waits for in vain."""
+    comment, state, status = job.get("comment", ""), job.get("job_state"), job.get("Exit_status")
+    hosts = ", ".join(dict.fromkeys(part.partition("/")[0] for part in job.get("exec_host", "").split("+")))
+    waits = _waits_for(job)
+    if state in ("F", "X"):
+        if status is None:
+            return State(identity, "never ran", _why_it_never_ran(job, waits))
+        if status == _PBS_WALLTIME or "exceeded resource walltime" in comment:
+            return _timeout(identity)
+        if "terminated by" in comment:  # an array's task then has exit status 1
+            return State(identity, "deleted", comment.partition("terminated ")[2])
+        if status > 256:  # PBS adds 256 to the number of a signal
+            return _ended(identity, 0, status - 256)
+        return _ended(identity, status)
+    if state in ("R", "E", "B"):
+        return State(identity, "ending" if "terminated" in comment else "running", hosts)
+    if state not in ("H", "W"):
+        return State(identity, "queued", comment)
+    if vain := [one for one in re.split("[:,]", waits) if one in gone]:
+        return State(identity, "blocked", f"{vain[0]} never began: qdel {identity}, and submit again")
+    held = f"held by qhold: qrls {identity}" if "u" in job.get("Hold_Types", "") else ""
+    return State(identity, "waiting", ", ".join(filter(None, (waits, held))) or comment)
+
+
+def _waits_for(job: dict[str, Any]) -> str:
+    """Such as "afterany:1[].pbs0:2.pbs0", of what it still waits for; PBS names in "before..." what waits for it."""
+    kinds = [kind for kind in job.get("depend", "").split(",") if kind and not kind.startswith("before")]
+    return re.sub(r"@[^:,]+", "", ",".join(kinds))
+
+
+def _why_it_never_ran(job: dict[str, Any], waits: str) -> str:
+    """A job that was deleted itself, or with one that it waited for."""
+    if job.get("substate") == _PBS_DELETED:
+        return "deleted before it began"
+    return f"depends on {waits}" if waits else job.get("comment", "")
 
 
 def _slurm(text: str) -> Iterator[State]:
@@ -107,31 +141,31 @@ def _slurm(text: str) -> Iterator[State]:
         if names and "JobId=" not in line:
             told = dict(zip(names, line.split("|"), strict=False))
             state = (told.get("State") or " ").split()[0]  # "CANCELLED by 1000"
-            fields = {"JobId": told["JobID"].partition("_")[0], "JobState": state}
+            fields = dict(zip(("JobId", "ArrayTaskId"), told["JobID"].split("_"), strict=False)) | {"JobState": state}
             fields |= {"ExitCode": told.get("ExitCode", ""), "NodeList": told.get("NodeList", "")}
         else:
             fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
         if "JobState" not in fields:
             continue
-        job = fields.get("ArrayJobId", fields.get("JobId", ""))
-        state, reason = fields["JobState"], fields.get("Reason", "")
-        status, _, signal = fields.get("ExitCode", "0:0").partition(":")
-        if state == "PENDING":
-            yield State(job, "waiting" if reason == "Dependency" else "queued", reason)
-        elif state in ("RUNNING", "COMPLETING", "CONFIGURING"):
-            yield State(job, "running", fields.get("NodeList", ""))
-        elif state.startswith("CANCELLED"):
-            yield State(
-                job,
-                "deleted" if fields.get("NodeList", "(null)") not in ("(null)", "None assigned") else "never ran",
-                reason,
-            )
-        elif state in ("COMPLETED", "FAILED"):
-            yield _ended(job, int(status), int(signal or 0))
-        elif state == "TIMEOUT":
-            yield _timeout(job)
-        else:  # NODE_FAIL, OUT_OF_MEMORY, ...
-            yield State(job, "failed", state)
+        yield replace(_slurm_job(fields), task=fields.get("ArrayTaskId", ""))
+
+
+def _slurm_job(fields: dict[str, str]) -> State:
+    job = fields.get("ArrayJobId", fields.get("JobId", ""))
+    state, reason = fields["JobState"], fields.get("Reason", "")
+    status, _, signal = fields.get("ExitCode", "0:0").partition(":")
+    if state == "PENDING":
+        return State(job, "waiting" if reason == "Dependency" else "queued", reason)
+    if state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+        return State(job, "running", fields.get("NodeList", ""))
+    if state.startswith("CANCELLED"):
+        began = fields.get("NodeList", "(null)") not in ("(null)", "None assigned")
+        return State(job, "deleted" if began else "never ran", reason)
+    if state in ("COMPLETED", "FAILED"):
+        return _ended(job, int(status), int(signal or 0))
+    if state == "TIMEOUT":
+        return _timeout(job)
+    return State(job, "failed", state)  # NODE_FAIL, OUT_OF_MEMORY, ...
 
 
 def _gridengine(text: str) -> Iterator[State]:
@@ -173,7 +207,8 @@ def _gridengine_accounts(accounting: str) -> Iterator[tuple[tuple[str, str], Sta
             state = State(name, "failed", failed.strip())
         else:
             state = _ended(name, status)
-        yield (name, fields.get("taskid", "undefined").strip()), state
+        task = fields.get("taskid", "undefined").strip()
+        yield (name, task), replace(state, task="" if task == "undefined" else task)
 
 
 def read_states(text: str) -> list[State]:
@@ -239,6 +274,20 @@ def told_file(submitted: Path) -> Path:
     return submitted.with_name("states.json")
 
 
+def _detail(found: list[State]) -> str:
+    """What is known beyond the word of a job; of an array, which tasks went wrong, or else all the hosts."""
+    wrong: dict[str, list[str]] = {}
+    for state in found:
+        if state.task and state.detail and state.word not in _IN_QUEUE:
+            wrong.setdefault(state.detail, []).append(state.task)
+    if wrong:
+        return "; ".join(f"task{'s' * (len(tasks) > 1)} {', '.join(tasks)}: {why}" for why, tasks in wrong.items())
+    running = [state.detail for state in found if state.word == "running"]
+    if running:
+        return ", ".join(dict.fromkeys(host for hosts in running for host in hosts.split(", ") if host))
+    return next((state.detail for state in found if state.detail), "")
+
+
 def table(submitted: Path, text: str) -> list[str]:
     """One line a submitted job: its name, its id, and how it is; kept in `told_file` too.
 
@@ -257,8 +306,7 @@ def table(submitted: Path, text: str) -> list[str]:
         if missing := _tasks_not_told(one, found):
             words["unknown"] += missing
         word = ", ".join(f"{count} {word}" for word, count in words.items()) if words.total() > 1 else "".join(words)
-        detail = next((state.detail for state in found if state.detail), "")
-        rows.append((one.name, one.job, word or "unknown", detail))
+        rows.append((one.name, one.job, word or "unknown", _detail(found)))
     with suppress(OSError, CptainError):  # another user's
         atomic.write_json(told_file(submitted), {"time": time.time(), "words": {row[1]: row[2] for row in rows}})
     return aligned(rows)
