@@ -1,4 +1,4 @@
-"""mbridge and mcore-bridge on the CPU, for `bench/checkpoint.py`: a Hugging Face model to a Megatron checkpoint and back.
+"""mbridge and mcore-bridge on the CPU, for `bench/checkpoint.py`: a Hugging Face model to Megatron's format and back.
 
 Both load a Hugging Face model into a Megatron model in memory and write Hugging Face weights from one; the checkpoint
 between is written and read by megatron.core's dist_checkpointing, as their users do. A peer's own Python runs this with
@@ -70,12 +70,13 @@ def add_layers(module: Any) -> None:
         def __init__(self, *args: Any, k_channels: object = None, v_channels: object = None, **named: Any) -> None:
             super().__init__(*args, **named)
 
-    def norm(config: Any, hidden_size: int, eps: float = 1e-5, **named: Any) -> torch.nn.Module:
-        return torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+    class Norm:
+        def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **named: Any) -> Any:
+            return torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
 
     module.TEColumnParallelLinear, module.TERowParallelLinear = ColumnParallelLinear, RowParallelLinear
     module.TELayerNormColumnParallelLinear, module.TEDotProductAttention = NormAndColumn, Attention
-    module.TENorm, module.get_cpu_offload_context = norm, lambda *args, **named: (contextlib.nullcontext(), None)
+    module.TENorm, module.get_cpu_offload_context = Norm, lambda *args, **named: (contextlib.nullcontext(), None)
 
 
 def start() -> None:
@@ -119,6 +120,7 @@ def main() -> None:
     with CudaToCpu(), torch.no_grad():
         bridge, models = {"mbridge": mbridge, "mcore-bridge": mcore_bridge}[peer](model)
         from megatron.core import dist_checkpointing
+        from transformers import AutoConfig
 
         if call == "there":
             bridge.load_weights(models, model)
@@ -127,6 +129,8 @@ def main() -> None:
         else:
             models[0].load_state_dict(dist_checkpointing.load(models[0].sharded_state_dict(), checkpoint))
             bridge.save_weights(models, exported)
+            if not Path(exported, "config.json").exists():  # mcore-bridge's users write it
+                AutoConfig.from_pretrained(model).save_pretrained(exported)
 
 
 if __name__ == "__main__":

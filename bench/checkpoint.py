@@ -8,10 +8,9 @@ are shown. The page cache is as the runs before leave it, for cp as for the rest
 process tree, sampled, with a page that several processes share counted once; for cptain what `import torch` takes is
 shown apart.
 
-A peer is a tree of Megatron-LM that still has a Hugging Face loader for tools/checkpoint/convert.py, or one of Megatron
-Bridge with its submodule, and a Python with what it imports. Both run on the CPU, without Transformer Engine, where
-cptain's own `megatron/cpu.py` answers for CUDA. A peer need not flush what it writes; that is done untimed, and before
-the next command. `same values` is what `cptain verify` says of the model and of what was written.
+A peer is a tree, of a kind that `checkpoint_peers.py` names, and a Python with what it imports. A peer need not flush
+what it writes; that is done untimed, and before the next command. `same values` is what `cptain verify` says of the
+model and of what was written.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from checkpoint_peers import peer
 
 CPTAIN = [sys.executable, "-m", "cptain"]
 HIDDEN, FFN, KEYS, VOCABULARY = 4096, 14336, 1024, 128256
@@ -42,49 +42,6 @@ LAYER = {
     "input_layernorm": (HIDDEN,),
     "post_attention_layernorm": (HIDDEN,),
 }
-# convert.py asks for Transformer Engine's version even where it builds layers without it, and gives Megatron arguments
-# of its own, to which these are added.
-MEGATRON_LM = """
-import importlib.metadata, runpy, sys
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: "2" if name == "transformer-engine" else version(name)
-from cptain.megatron.importing import before_import, import_megatron
-before_import(cpu=True)
-import_megatron(cpu=True)
-from megatron.training import arguments
-parse_args = arguments.parse_args
-def parse_args_for_cpu():
-    sys.argv += ["--no-rope-fusion", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"]
-    return parse_args()
-arguments.parse_args = parse_args_for_cpu
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# Megatron Bridge imports two packages that it does not call here; megatron.core must not find them.
-BRIDGE = """
-import sys
-from unittest.mock import MagicMock
-from cptain.megatron.importing import before_import
-before_import(cpu=True)
-import megatron.core.models.gpt.gpt_layer_specs, modelopt.torch
-for package, module in (("transformer_engine", "pytorch"), ("nvidia_resiliency_ext", "inprocess")):
-    for name in (package, f"{package}.{module}"):
-        sys.modules[name] = MagicMock(__path__=[], __spec__=None, __version__="2")
-from megatron.bridge import AutoBridge
-from megatron.bridge.models.gpt_provider import local_layer_spec
-to_megatron_provider = AutoBridge.to_megatron_provider
-def to_cpu_provider(*args, **kwargs):
-    provider = to_megatron_provider(*args, **kwargs)
-    provider.transformer_layer_spec = local_layer_spec
-    provider.apply_rope_fusion = provider.gradient_accumulation_fusion = provider.persist_layer_norm = False
-    return provider
-AutoBridge.to_megatron_provider = to_cpu_provider
-call, model, checkpoint, exported = sys.argv[1:]
-if call == "import_ckpt":
-    AutoBridge.import_ckpt(model, checkpoint)
-else:
-    AutoBridge.from_hf_pretrained(model).export_ckpt(checkpoint, exported)
-"""
 
 
 def model(folder: Path, gigabytes: float) -> int:
@@ -203,53 +160,6 @@ def copy(source: Path, target: Path, log: Path) -> tuple[float, int]:
     return run(["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", str(source), str(target)], log)
 
 
-def revision(tree: Path) -> str:
-    """The commit of a tree, if it is one."""
-    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "?"
-
-
-def peer(described: str, source: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
-    """What a peer converts with and what it exports with: each a row's name, a command and what that writes.
-
-    Args:
-        described: NAME=TREE[,PYTHON].
-        source: the model.
-        folder: where it writes.
-    """
-    name, _, rest = described.partition("=")
-    path, _, python = rest.partition(",")
-    tree, megatron, exported = Path(path).resolve(), folder / name / "megatron", folder / name / "hf"
-    paths, tools = [Path(__file__).resolve().parent.parent / "apps"], tree / "tools" / "checkpoint"
-    if (tree / "src" / "megatron" / "bridge").is_dir():
-        paths += [tree / "src", tree / "3rdparty" / "Megatron-LM"]
-        calls = {
-            f"AutoBridge.{call}": ["-c", BRIDGE, call, str(source), str(megatron), str(exported)]
-            for call in ("import_ckpt", "export_ckpt")
-        }
-    elif (tools / "loader_llama_mistral.py").exists():
-        paths += [tree, tools]
-        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        command = ["-c", MEGATRON_LM, str(tools / "convert.py"), "--model-type", "GPT"]
-        there = "--loader llama_mistral --model-size llama3 --checkpoint-type hf --bf16 --saver mcore "
-        there += f"--saver-transformer-impl local --target-pipeline-parallel-size {2 - layers % 2} --tokenizer-model"
-        back = "--loader core --loader-transformer-impl local --saver llama3_hf --hf-tokenizer-path"
-        calls = {
-            call: [*command, *options.split(), str(source), "--load-dir", str(read), "--save-dir", str(written)]
-            for call, options, read, written in (
-                ("convert.py", there, source, megatron),
-                ("convert.py, back", back, megatron, exported),
-            )
-        }
-    else:
-        sys.exit(f"{tree}: neither Megatron Bridge nor a Megatron-LM with tools/checkpoint/loader_llama_mistral.py")
-    start = ["env", f"PYTHONPATH={os.pathsep.join(map(str, paths))}", "CUDA_VISIBLE_DEVICES=", python or sys.executable]
-    return [
-        (f"{call}, {name} ({revision(tree)})", [*start, *command], written)
-        for (call, command), written in zip(calls.items(), (megatron, exported), strict=True)
-    ]
-
-
 class Figures:
     """What was measured of each command, by its row's name."""
 
@@ -328,7 +238,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME=TREE[,PYTHON]",
-        help="a tree of Megatron-LM or of Megatron Bridge",
+        help="a tree of Megatron-LM, Megatron Bridge, mbridge or mcore-bridge",
     )
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
