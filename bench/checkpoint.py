@@ -1,12 +1,12 @@
-"""convert, export and verify against `cp -r` and fsync of the same bytes: wall seconds and peak memory.
+"""convert, export and verify against `cp -r` and fsync of the same bytes: wall and CPU seconds and peak memory.
 
     make bench BENCH='checkpoint --gigabytes 3 --peer fork=/path/to/Megatron-LM,/path/to/python'
 
 The model is a random Llama of Llama-3.1-8B's width with as many layers as fill --gigabytes, in bf16. Each repeat runs
 cp and the stages in turn, and ratios are taken within a repeat, so that a busy disk disturbs both alike; the medians
-are shown. The page cache is as the runs before leave it, for cp as for the rest. Peak memory is the sum over the
-process tree, sampled, with a page that several processes share counted once; for cptain what `import torch` takes is
-shown apart.
+are shown. CPU seconds, of the whole process tree, tell more than wall seconds where others use the machine. The page
+cache is as the runs before leave it, for cp as for the rest. Peak memory is the sum over the process tree, sampled,
+with a page that several processes share counted once; for cptain what `import torch` takes is shown apart.
 
 A peer is a tree, of a kind that `checkpoint_peers.py` names, and a Python with what it imports. A peer need not flush
 what it writes; that is done untimed, and before the next command. `same values` is what `cptain verify` says of the
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -129,9 +130,15 @@ def resident(process: int) -> int:
     return total
 
 
-def run(command: list[str], log: Path) -> tuple[float, int]:
-    """Wall seconds and peak memory of a command that must succeed."""
-    began, peak, ended = time.monotonic(), 0, threading.Event()
+def cpu_seconds() -> float:
+    """What all ended child processes used of the CPU, in user and kernel mode."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(command: list[str], log: Path) -> tuple[float, float, int]:
+    """Wall and CPU seconds and peak memory of a command that must succeed."""
+    began, used, peak, ended = time.monotonic(), cpu_seconds(), 0, threading.Event()
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -151,10 +158,10 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
         watcher.join()
     if status:
         sys.exit(f"{' '.join(command)}: exit status {status}:\n{log.read_text()[-2000:]}")
-    return wall, peak
+    return wall, cpu_seconds() - used, peak
 
 
-def copy(source: Path, target: Path, log: Path) -> tuple[float, int]:
+def copy(source: Path, target: Path, log: Path) -> tuple[float, float, int]:
     """`cp -r` and fsync of every file."""
     shutil.rmtree(target, ignore_errors=True)
     return run(["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", str(source), str(target)], log)
@@ -166,14 +173,16 @@ class Figures:
     def __init__(self, log: Path) -> None:
         self._log = log
         self.walls: dict[str, list[float]] = {}
+        self.cpus: dict[str, list[float]] = {}
         self.ratios: dict[str, list[float]] = {}
         self.peaks: dict[str, int] = {}
         self.same: dict[str, bool] = {}
 
-    def add(self, name: str, measured: tuple[float, int], against: float | None = None) -> float:
-        """Note wall seconds and peak memory; the ratio is to `against` seconds. Gives the seconds."""
-        wall, peak = measured
+    def add(self, name: str, measured: tuple[float, float, int], against: float | None = None) -> float:
+        """Note wall and CPU seconds and peak memory; the ratio is to `against` seconds. Gives the wall's."""
+        wall, used, peak = measured
         self.walls.setdefault(name, []).append(wall)
+        self.cpus.setdefault(name, []).append(used)
         self.ratios.setdefault(name, []).append(wall / (against or wall))
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
         return wall
@@ -196,13 +205,14 @@ class Figures:
 
     def table(self, size: int, torch_alone: int) -> None:
         """Print medians in Markdown, of a model of `size` bytes; `import torch` alone takes `torch_alone`."""
-        print("| | wall s | GB/s | times cp | peak MB | above import torch | same values |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print("| | wall s | CPU s | GB/s | times cp | peak MB | above import torch | same values |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for name, seconds in self.walls.items():
             wall, above = statistics.median(seconds), ""
             if name.startswith("cptain"):
                 above = f"{(self.peaks[name] - torch_alone) / 1e6:.0f}"
-            figures = [f"{wall:.1f}", f"{size / wall / 1e9:.2f}", f"{statistics.median(self.ratios[name]):.2f}"]
+            figures = [f"{wall:.1f}", f"{statistics.median(self.cpus[name]):.1f}", f"{size / wall / 1e9:.2f}"]
+            figures.append(f"{statistics.median(self.ratios[name]):.2f}")
             figures += [f"{self.peaks[name] / 1e6:.0f}", above, {True: "yes", False: "NO"}.get(self.same.get(name), "")]
             print(f"| {name} | {' | '.join(figures)} |")
 
@@ -253,7 +263,7 @@ def main() -> None:
         "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
     )
     peers = [peer(one, source, work / "peers") for one in arguments.peer]
-    torch_alone = run([sys.executable, "-c", "import torch"], log)[1]
+    torch_alone = run([sys.executable, "-c", "import torch"], log)[2]
     figures = Figures(log)
     for _ in range(arguments.repeat):
         repeat(folder, ["--workers", str(arguments.workers)], peers, figures)
