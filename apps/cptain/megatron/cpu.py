@@ -15,10 +15,10 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo  # builds tables from torch.cuda when it is imported: it must come before the replacements
 from torch.overrides import TorchFunctionMode
 
 from cptain.megatron.importing import leave_out_gpu_kernels
@@ -75,7 +75,9 @@ class _Stream:
         return event or _Stream()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
+def _giving(value: Any) -> Callable[..., Any]:
+    """A function of its own: torch._dynamo makes a table of torch.cuda's, and takes the same one only once."""
+    return lambda *args, **kwargs: value
 
 
 def _as_numbers(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
@@ -107,33 +109,30 @@ def _cuda_answers() -> dict[str, Any]:
         "memory_stats": lambda *args, **kwargs: collections.defaultdict(int),
         "mem_get_info": lambda *args: (_memory(), _memory()),
         "is_current_stream_capturing": lambda: False,
-        "current_stream": _Stream,
-        "default_stream": _Stream,
+        "current_stream": lambda *args: _Stream(),
+        "default_stream": lambda *args: _Stream(),
         "stream": lambda *args: contextlib.nullcontext(),
         "Stream": _Stream,
         "Event": _Stream,
         "nvtx": types.SimpleNamespace(
-            range_push=_nothing, range_pop=_nothing, range=lambda *args, **kwargs: contextlib.nullcontext()
+            range_push=_giving(None), range_pop=_giving(None), range=lambda *args, **kwargs: contextlib.nullcontext()
         ),
     }
-    answers |= dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), lambda *args: 0
-    )
-    answers |= dict.fromkeys(
-        (
-            "_lazy_init",
-            "empty_cache",
-            "manual_seed",
-            "manual_seed_all",
-            "reset_peak_memory_stats",
-            "seed",
-            "set_device",
-            "set_rng_state",
-            "set_stream",
-            "synchronize",
-        ),
-        _nothing,
-    )
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        answers[name] = _giving(0)
+    for name in (
+        "_lazy_init",
+        "empty_cache",
+        "manual_seed",
+        "manual_seed_all",
+        "reset_peak_memory_stats",
+        "seed",
+        "set_device",
+        "set_rng_state",
+        "set_stream",
+        "synchronize",
+    ):
+        answers[name] = _giving(None)
     for kind in (
         "FloatTensor",
         "DoubleTensor",
@@ -147,6 +146,16 @@ def _cuda_answers() -> dict[str, Any]:
     return answers
 
 
+def _without_dynamo() -> None:
+    """Let optimizers do without torch._dynamo, which they import (1.4 s) to tell it what not to compile: here nothing
+    is compiled. What is wrapped for it is unwrapped; the wrapper of a step has turned gradients off as well."""
+    for kind in (torch.optim.Optimizer, *torch.optim.Optimizer.__subclasses__()):
+        for name, method in list(vars(kind).items()):
+            if "torch._dynamo" in getattr(getattr(method, "__code__", None), "co_names", ()):
+                plain = method.__wrapped__
+                setattr(kind, name, torch.no_grad()(plain) if name == "step" else plain)
+
+
 def install() -> None:
     """Replace what Megatron calls of torch.cuda, and keep from it what has kernels for GPUs alone."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -156,11 +165,12 @@ def install() -> None:
     torch.accelerator.current_accelerator = lambda check_available=False: None
     for name, answer in _cuda_answers().items():
         setattr(torch.cuda, name, answer)
+    _without_dynamo()
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
     torch.compile = lambda function=None, **kwargs: function if callable(function) else lambda inner: inner
     if not hasattr(torch._C, "_cuda_attach_out_of_memory_observer"):
-        torch._C._cuda_attach_out_of_memory_observer = _nothing
+        torch._C._cuda_attach_out_of_memory_observer = _giving(None)
     if importlib.util.find_spec("triton") is None:
         # From 0.19 on, Megatron's GPT imports these mixture-of-experts kernels, which a dense model never calls, with
         # no guard.
@@ -206,7 +216,7 @@ def install_in_megatron() -> None:
 
     random.CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
     random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.__setitem__(name, torch.get_rng_state())
-    random._set_cuda_rng_state = _nothing
+    random._set_cuda_rng_state = _giving(None)
     random._get_cuda_rng_state = _random_state
     attention = dot_product_attention.DotProductAttention
     attention.forward = _packed_attention(attention.forward)
@@ -214,4 +224,4 @@ def install_in_megatron() -> None:
     with contextlib.suppress(ImportError):  # up to 0.16: fused kernels that are compiled with nvcc
         from megatron.legacy import fused_kernels
 
-        fused_kernels.load = _nothing
+        fused_kernels.load = _giving(None)

@@ -30,6 +30,8 @@ def unread(words: Iterable[str], script: Path) -> list[str]:
         words: of a command line.
         script: the training script.
     """
+    if not (words := list(words)):
+        return []  # Megatron's parser takes 0.4 s to be made
     from megatron.training.arguments import add_megatron_arguments
 
     actions = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions
