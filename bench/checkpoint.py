@@ -1,23 +1,23 @@
-"""convert, export and verify against `cp -r` and fsync of the same bytes: wall seconds and peak memory.
+"""convert, export and verify against `cp -r` and fsync of the same bytes: wall and CPU seconds and peak memory.
 
     make bench BENCH='checkpoint --gigabytes 3 --peer fork=/path/to/Megatron-LM,/path/to/python'
 
 The model is a random Llama of Llama-3.1-8B's width with as many layers as fill --gigabytes, in bf16. Each repeat runs
 cp and the stages in turn, and ratios are taken within a repeat, so that a busy disk disturbs both alike; the medians
-are shown. The page cache is as the runs before leave it, for cp as for the rest. Peak memory is the sum over the
-process tree, sampled, with a page that several processes share counted once; for cptain what `import torch` takes is
-shown apart.
+are shown. CPU seconds, of the whole process tree, tell more than wall seconds where others use the machine. The page
+cache is as the runs before leave it, for cp as for the rest. Peak memory is the sum over the process tree, sampled,
+with a page that several processes share counted once; for cptain what `import torch` takes is shown apart.
 
-A peer is a tree of Megatron-LM that still has a Hugging Face loader for tools/checkpoint/convert.py, or one of Megatron
-Bridge with its submodule, and a Python with what it imports. Both run on the CPU, without Transformer Engine, where
-cptain's own `megatron/cpu.py` answers for CUDA. A peer need not flush what it writes; that is done untimed, and before
-the next command. `same values` is what `cptain verify` says of the model and of what was written.
+A peer is a tree, of a kind that `checkpoint_peers.py` names, and a Python with what it imports. A peer need not flush
+what it writes; that is done untimed, and before the next command. `same values` is what `cptain verify` says of the
+model and of what was written.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from checkpoint_peers import peer
 
 CPTAIN = [sys.executable, "-m", "cptain"]
 HIDDEN, FFN, KEYS, VOCABULARY = 4096, 14336, 1024, 128256
@@ -42,49 +43,6 @@ LAYER = {
     "input_layernorm": (HIDDEN,),
     "post_attention_layernorm": (HIDDEN,),
 }
-# convert.py asks for Transformer Engine's version even where it builds layers without it, and gives Megatron arguments
-# of its own, to which these are added.
-MEGATRON_LM = """
-import importlib.metadata, runpy, sys
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: "2" if name == "transformer-engine" else version(name)
-from cptain.megatron.importing import before_import, import_megatron
-before_import(cpu=True)
-import_megatron(cpu=True)
-from megatron.training import arguments
-parse_args = arguments.parse_args
-def parse_args_for_cpu():
-    sys.argv += ["--no-rope-fusion", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"]
-    return parse_args()
-arguments.parse_args = parse_args_for_cpu
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# Megatron Bridge imports two packages that it does not call here; megatron.core must not find them.
-BRIDGE = """
-import sys
-from unittest.mock import MagicMock
-from cptain.megatron.importing import before_import
-before_import(cpu=True)
-import megatron.core.models.gpt.gpt_layer_specs, modelopt.torch
-for package, module in (("transformer_engine", "pytorch"), ("nvidia_resiliency_ext", "inprocess")):
-    for name in (package, f"{package}.{module}"):
-        sys.modules[name] = MagicMock(__path__=[], __spec__=None, __version__="2")
-from megatron.bridge import AutoBridge
-from megatron.bridge.models.gpt_provider import local_layer_spec
-to_megatron_provider = AutoBridge.to_megatron_provider
-def to_cpu_provider(*args, **kwargs):
-    provider = to_megatron_provider(*args, **kwargs)
-    provider.transformer_layer_spec = local_layer_spec
-    provider.apply_rope_fusion = provider.gradient_accumulation_fusion = provider.persist_layer_norm = False
-    return provider
-AutoBridge.to_megatron_provider = to_cpu_provider
-call, model, checkpoint, exported = sys.argv[1:]
-if call == "import_ckpt":
-    AutoBridge.import_ckpt(model, checkpoint)
-else:
-    AutoBridge.from_hf_pretrained(model).export_ckpt(checkpoint, exported)
-"""
 
 
 def model(folder: Path, gigabytes: float) -> int:
@@ -172,9 +130,15 @@ def resident(process: int) -> int:
     return total
 
 
-def run(command: list[str], log: Path) -> tuple[float, int]:
-    """Wall seconds and peak memory of a command that must succeed."""
-    began, peak, ended = time.monotonic(), 0, threading.Event()
+def cpu_seconds() -> float:
+    """What all ended child processes used of the CPU, in user and kernel mode."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(command: list[str], log: Path) -> tuple[float, float, int]:
+    """Wall and CPU seconds and peak memory of a command that must succeed."""
+    began, used, peak, ended = time.monotonic(), cpu_seconds(), 0, threading.Event()
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -194,60 +158,13 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
         watcher.join()
     if status:
         sys.exit(f"{' '.join(command)}: exit status {status}:\n{log.read_text()[-2000:]}")
-    return wall, peak
+    return wall, cpu_seconds() - used, peak
 
 
-def copy(source: Path, target: Path, log: Path) -> tuple[float, int]:
+def copy(source: Path, target: Path, log: Path) -> tuple[float, float, int]:
     """`cp -r` and fsync of every file."""
     shutil.rmtree(target, ignore_errors=True)
     return run(["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", str(source), str(target)], log)
-
-
-def revision(tree: Path) -> str:
-    """The commit of a tree, if it is one."""
-    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "?"
-
-
-def peer(described: str, source: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
-    """What a peer converts with and what it exports with: each a row's name, a command and what that writes.
-
-    Args:
-        described: NAME=TREE[,PYTHON].
-        source: the model.
-        folder: where it writes.
-    """
-    name, _, rest = described.partition("=")
-    path, _, python = rest.partition(",")
-    tree, megatron, exported = Path(path).resolve(), folder / name / "megatron", folder / name / "hf"
-    paths, tools = [Path(__file__).resolve().parent.parent / "apps"], tree / "tools" / "checkpoint"
-    if (tree / "src" / "megatron" / "bridge").is_dir():
-        paths += [tree / "src", tree / "3rdparty" / "Megatron-LM"]
-        calls = {
-            f"AutoBridge.{call}": ["-c", BRIDGE, call, str(source), str(megatron), str(exported)]
-            for call in ("import_ckpt", "export_ckpt")
-        }
-    elif (tools / "loader_llama_mistral.py").exists():
-        paths += [tree, tools]
-        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        command = ["-c", MEGATRON_LM, str(tools / "convert.py"), "--model-type", "GPT"]
-        there = "--loader llama_mistral --model-size llama3 --checkpoint-type hf --bf16 --saver mcore "
-        there += f"--saver-transformer-impl local --target-pipeline-parallel-size {2 - layers % 2} --tokenizer-model"
-        back = "--loader core --loader-transformer-impl local --saver llama3_hf --hf-tokenizer-path"
-        calls = {
-            call: [*command, *options.split(), str(source), "--load-dir", str(read), "--save-dir", str(written)]
-            for call, options, read, written in (
-                ("convert.py", there, source, megatron),
-                ("convert.py, back", back, megatron, exported),
-            )
-        }
-    else:
-        sys.exit(f"{tree}: neither Megatron Bridge nor a Megatron-LM with tools/checkpoint/loader_llama_mistral.py")
-    start = ["env", f"PYTHONPATH={os.pathsep.join(map(str, paths))}", "CUDA_VISIBLE_DEVICES=", python or sys.executable]
-    return [
-        (f"{call}, {name} ({revision(tree)})", [*start, *command], written)
-        for (call, command), written in zip(calls.items(), (megatron, exported), strict=True)
-    ]
 
 
 class Figures:
@@ -256,14 +173,16 @@ class Figures:
     def __init__(self, log: Path) -> None:
         self._log = log
         self.walls: dict[str, list[float]] = {}
+        self.cpus: dict[str, list[float]] = {}
         self.ratios: dict[str, list[float]] = {}
         self.peaks: dict[str, int] = {}
         self.same: dict[str, bool] = {}
 
-    def add(self, name: str, measured: tuple[float, int], against: float | None = None) -> float:
-        """Note wall seconds and peak memory; the ratio is to `against` seconds. Gives the seconds."""
-        wall, peak = measured
+    def add(self, name: str, measured: tuple[float, float, int], against: float | None = None) -> float:
+        """Note wall and CPU seconds and peak memory; the ratio is to `against` seconds. Gives the wall's."""
+        wall, used, peak = measured
         self.walls.setdefault(name, []).append(wall)
+        self.cpus.setdefault(name, []).append(used)
         self.ratios.setdefault(name, []).append(wall / (against or wall))
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
         return wall
@@ -286,13 +205,14 @@ class Figures:
 
     def table(self, size: int, torch_alone: int) -> None:
         """Print medians in Markdown, of a model of `size` bytes; `import torch` alone takes `torch_alone`."""
-        print("| | wall s | GB/s | times cp | peak MB | above import torch | same values |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print("| | wall s | CPU s | GB/s | times cp | peak MB | above import torch | same values |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for name, seconds in self.walls.items():
             wall, above = statistics.median(seconds), ""
             if name.startswith("cptain"):
                 above = f"{(self.peaks[name] - torch_alone) / 1e6:.0f}"
-            figures = [f"{wall:.1f}", f"{size / wall / 1e9:.2f}", f"{statistics.median(self.ratios[name]):.2f}"]
+            figures = [f"{wall:.1f}", f"{statistics.median(self.cpus[name]):.1f}", f"{size / wall / 1e9:.2f}"]
+            figures.append(f"{statistics.median(self.ratios[name]):.2f}")
             figures += [f"{self.peaks[name] / 1e6:.0f}", above, {True: "yes", False: "NO"}.get(self.same.get(name), "")]
             print(f"| {name} | {' | '.join(figures)} |")
 
@@ -328,7 +248,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME=TREE[,PYTHON]",
-        help="a tree of Megatron-LM or of Megatron Bridge",
+        help="a tree of Megatron-LM, Megatron Bridge, mbridge or mcore-bridge",
     )
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -343,7 +263,7 @@ def main() -> None:
         "[train]\nseq_length = 8\nglobal_batch_size = 1\nsteps = 1\nlr = 1\n"
     )
     peers = [peer(one, source, work / "peers") for one in arguments.peer]
-    torch_alone = run([sys.executable, "-c", "import torch"], log)[1]
+    torch_alone = run([sys.executable, "-c", "import torch"], log)[2]
     figures = Figures(log)
     for _ in range(arguments.repeat):
         repeat(folder, ["--workers", str(arguments.workers)], peers, figures)
