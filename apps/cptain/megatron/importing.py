@@ -1,5 +1,6 @@
 """What a process does around its first import of Megatron. Megatron's spawned children need the first half as well."""
 
+import importlib.machinery
 import importlib.util
 import sys
 import typing
@@ -35,9 +36,10 @@ def before_import(cpu: bool) -> None:
 def import_megatron(cpu: bool) -> None:
     """Import megatron.core, after `before_import`, and settle what can only be settled then.
 
-    It finds no wandb, whose import takes 0.4 s: what goes there comes from the process that reads the log.
+    It finds an empty wandb, whose import takes 0.4 s: what goes there comes from the process that reads the log.
     """
-    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+    empty = importlib.machinery.ModuleSpec("wandb", None)  # a module, as the lab's fork does not do without one
+    sys.modules.setdefault("wandb", importlib.util.module_from_spec(empty))
     import megatron.core.datasets.utils as datasets_utils
 
     # Megatron runs make for its dataset helpers at every start, which fails in a read-only image and in PyPI's wheel
