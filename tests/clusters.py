@@ -9,6 +9,7 @@ from typing import Any
 from cptain.megatron.log import read_steps, train_logs
 from cptain.run_file import load_run
 
+QUEUE = {"gridengine": ("qstat", "-u", "*"), "slurm": ("squeue", "--noheader", "--format=%F")}
 UNDER_WAY = ("waiting", "queued", "running", "ending", "unknown")  # unknown: not yet in Grid Engine's accounts
 
 
@@ -27,10 +28,10 @@ class Cluster:
 class Submitted:
     """A run whose jobs were rendered, in the image, and submitted."""
 
-    def __init__(self, cluster: Cluster, file: Path) -> None:
-        self.cluster, self.run = cluster, load_run(file)
-        image = cluster.folder / "image"
-        rendered = cluster.run(cluster.apptainer, "--silent", "exec", image, "cptain", "jobs", file)
+    def __init__(self, cluster: Cluster, file: Path, *changes: str) -> None:
+        self.cluster, self.file, self.run = cluster, file, load_run(file)
+        image, overrides = cluster.folder / "image", [word for change in changes for word in ("--set", change)]
+        rendered = cluster.run(cluster.apptainer, "--silent", "exec", image, "cptain", "jobs", file, *overrides)
         assert rendered.returncode == 0, rendered.stderr
         self.script = Path(rendered.stdout.strip())
 
@@ -48,9 +49,22 @@ class Submitted:
         rows = [re.split(r" {2,}", line, maxsplit=3) for line in done.stdout.splitlines()]
         return {row[0]: row[2] for row in rows}
 
+    def queue(self) -> set[str]:
+        """The ids of the jobs that the scheduler has, by its own program."""
+        done = self.cluster.run(*QUEUE[self.cluster.name])
+        assert done.returncode == 0, done.stderr
+        return set(re.findall(r"^ *(\d+)", done.stdout, re.MULTILINE))
+
     def wait(self, seconds: float, name: str | None = None) -> dict[str, str]:
-        """Wait until a job, or all, have ended."""
+        """Wait until a job, or all, have ended.
+
+        submit.sh --state is asked once they have left the queue: it starts a container and Python, which takes 0.6 s
+        of the cores that the jobs train on.
+        """
         deadline = time.monotonic() + seconds
+        ids = {self.jobs[name]} if name else set(self.jobs.values())
+        while time.monotonic() < deadline and ids & self.queue():
+            time.sleep(0.5)
         states: dict[str, str] = {}
         while time.monotonic() < deadline:
             states = self.states()
@@ -58,7 +72,7 @@ class Submitted:
             if not any(word in state for state in watched for word in UNDER_WAY):
                 return states
             time.sleep(1)
-        raise AssertionError(f"after {seconds} s: {states}\n{self.said()}")
+        raise AssertionError(f"after {seconds} s: {states or self.states()}\n{self.said()}")
 
     def said(self, stage: str = "") -> str:
         """What the jobs of a stage printed."""

@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROJECT / "runs"))
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests share the cores
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile cptain, 0.15 s each
 
 TINY = {
     "vocab_size": 500,
@@ -37,13 +38,14 @@ TINY = {
 RunFileMaker = Callable[..., Path]
 pytest_plugins = ("image_fixtures",)
 
-# Of two to six minutes each: they are begun first, so that none is left to one worker at the end.
-_LONGEST = ("test_cluster.py", "test_image.py", "test_cuda_build.py", "test_demo.py")
+# Begun first, that none is left to one worker at the end; while the first builds the image, the other needs none.
+_LONGEST = ("cluster", "demo", "interrupted", "experts", "image", "train", "health", "masked_documents", "checkpoint")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the order is otherwise as it was."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    """Put the longest files first, in that order; the others are as they were."""
+    place = {f"test_{name}.py": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -99,7 +101,7 @@ def in_megatron(script: str) -> Any:
     """Run Python beside Megatron, on the CPU, in a process of its own; gives what it leaves in `found`."""
     begin = "from cptain.megatron.importing import before_import, import_megatron\nbefore_import(cpu=True)\n"
     begin += "import_megatron(cpu=True)\n"
-    end = "\nimport json\nprint(json.dumps(found))"
+    end = "\nimport json\nfrom cptain.processes import end\nprint(json.dumps(found))\nend(0)"
     done = subprocess.run([sys.executable, "-c", begin + script + end], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

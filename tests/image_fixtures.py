@@ -1,5 +1,6 @@
 """The image that tests run, the program that runs it, and a folder for them that every user can reach."""
 
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ def image() -> Path:
     sources += (PROJECT / "apptainer").glob("*")
     sources += (PROJECT / "apps").rglob("*.py")
     sources += (PROJECT / "jobs").glob("*/*")
-    if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-        built = make("image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
-        assert built.returncode == 0, built.stdout[-4000:]
+    file.parent.mkdir(exist_ok=True)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of xdist's processes builds, and the others wait for it
+        if not file.exists() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+            built = make("-j2", "image-cpu", f"IMAGE_CPU={file}", "FORCE=1")
+            assert built.returncode == 0, built.stdout[-4000:]
     return file
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RunFileMaker, as_if_trained, count, cptain
@@ -17,6 +18,7 @@ from cptain.checkpoint.torch_dist import TorchDistReader
 from cptain.checkpoint.tracker import iteration_folder, read_tracker, write_tracker
 from cptain.run_file import load_run
 from cptain.training.keep import keeping, surplus
+from cptain.training.saved import SavedCheckpoints
 
 
 def iterations(run_file: Path) -> list[int]:
@@ -78,6 +80,24 @@ def test_a_checkpoint_that_is_read_stays_until_it_is_not(make_ready_run: RunFile
     with keeping(run, 0, print):
         pass
     assert iterations(file) == [2]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_recorded_does_not_come_back(
+    make_ready_run: RunFileMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_ready_run()
+    as_if_trained(file, 1, 2)
+
+    def removed_meanwhile(reader: TorchDistReader, names: list[str]) -> dict[str, Any]:
+        assert remove(reader.folder)
+        return {}
+
+    monkeypatch.setattr("cptain.checkpoint.saved_files.checksums_of", removed_meanwhile)
+    said: list[str] = []
+    saved = SavedCheckpoints(load_run(file).checkpoints_folder, said.append)
+    saved.add(1)
+    saved.close()
+    assert (iterations(file), said) == ([2], [])
 
 
 def test_a_removal_that_fails_is_said_and_finished_later(

@@ -1,8 +1,14 @@
 """What a rank does without at its start and its first save: seconds of every training, and no number of it."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-from conftest import in_megatron
+from conftest import PROJECT, in_megatron
+
+PRETRAIN = PROJECT / "apps" / "cptain" / "training" / "pretrain.py"
+BEGIN = "from cptain.megatron.importing import before_import, import_megatron\nbefore_import(cpu=True)\n"
 
 STEPS = """
 import torch
@@ -39,6 +45,16 @@ found = [queue.get_nowait(), len(multiprocessing.active_children())]
 """
 
 
+COLLECTS = """
+import gc, runpy, sys
+import megatron.training
+
+megatron.training.pretrain = lambda *given: print(gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)
+runpy.run_path(sys.argv[0], run_name=NAME)
+print(gc.isenabled(), gc.get_freeze_count())
+"""
+
+
 def test_neither_wandb_nor_torch_s_compiler_is_imported_and_optimizers_step_as_they_do_elsewhere() -> None:
     here: dict[str, Any] = {}
     exec(STEPS, here)
@@ -48,3 +64,19 @@ def test_neither_wandb_nor_torch_s_compiler_is_imported_and_optimizers_step_as_t
 def test_what_a_save_wrote_needs_no_other_process_unless_it_is_async() -> None:
     for words, processes in (["--save", "x"], 0), (["--async-save"], 1):
         assert in_megatron(IN_A_SAVE.replace("WORDS", str(words))) == [[1, "what was written"], processes]
+
+
+def test_garbage_is_collected_once_all_is_imported_and_in_spawned_children_from_the_start(tmp_path: Path) -> None:
+    (tmp_path / "blend.json").write_text('{"files": [], "documents": "joined"}')
+    words = [
+        "--cpu",
+        "--blend",
+        tmp_path / "blend.json",
+        "--max-loss-spike=2",
+        "--step-timeout=60",
+        "--megatron-args=0",
+    ]
+    for name, said in ("__main__", "True True"), ("__mp_main__", "True 0"):
+        script = f"import sys\nsys.argv[0] = {str(PRETRAIN)!r}\n{BEGIN}{COLLECTS.replace('NAME', repr(name))}"
+        done = subprocess.run([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == said

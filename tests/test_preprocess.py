@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,32 @@ from cptain.run_data import MixPart
 from cptain.run_file import load_run
 
 
-def read_pair(prefix: Path) -> list[list[int]]:
-    """The documents of a pair, by Megatron's own IndexedDataset, in a process of its own."""
+@cache
+def megatron_s_reader() -> "subprocess.Popen[str]":
+    """Megatron's own IndexedDataset in a process that answers until these tests end: its import takes 3 s."""
     script = """
 import json, sys
+answers, sys.stdout = sys.stdout, sys.stderr
 from cptain.megatron.importing import before_import
 before_import(cpu=True)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-data = IndexedDataset(sys.argv[1])
-index = data.document_indices
-documents = [[int(i) for s in range(index[d], index[d + 1]) for i in data[s]] for d in range(len(index) - 1)]
-print(json.dumps([str(data.index.dtype.__name__), documents]))
+for line in sys.stdin:
+    data = IndexedDataset(json.loads(line))
+    index = data.document_indices
+    documents = [[int(i) for s in range(index[d], index[d + 1]) for i in data[s]] for d in range(len(index) - 1)]
+    print(json.dumps([str(data.index.dtype.__name__), documents]), file=answers, flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(prefix)], capture_output=True, text=True, check=True)
-    dtype, documents = json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def read_pair(prefix: Path) -> list[list[int]]:
+    """The documents of a pair, by Megatron's own IndexedDataset."""
+    process = megatron_s_reader()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(str(prefix)) + "\n")
+    process.stdin.flush()
+    dtype, documents = json.loads(process.stdout.readline())
     assert dtype == "uint16"  # the tests' vocabulary is small
     return documents  # type: ignore[no-any-return]
 

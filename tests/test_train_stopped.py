@@ -124,8 +124,9 @@ def test_what_is_killed_is_named_with_its_signal(torchrun: bool, make_ready_run:
 
 
 def test_a_rank_killed_after_a_save_ends_the_training_and_leaves_no_process(make_ready_run: RunFileMaker) -> None:
-    """From the first save on, Megatron keeps processes that outlive a killed rank and hold its output open."""
-    file = make_ready_run(train__steps=100000, train__save_interval=2, train__eval_interval=100000)
+    """With --async-save Megatron keeps processes from a save on, which outlive a killed rank and hold its output."""
+    more = {"train__megatron_args": ["--async-save"], "train__eval_interval": 100000}
+    file = make_ready_run(train__steps=100000, train__save_interval=2, **more)
     kill_a_rank(file, step=6)
     mark = str(load_run(file).folder).encode()
     assert not [pid for pid, environment in read_of_all("environ") if mark in environment]

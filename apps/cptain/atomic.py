@@ -63,9 +63,10 @@ def _cannot_write(final: Path, error: BaseException) -> None:
 
 
 @contextmanager
-def atomic_file(final: Path) -> Iterator[Path]:
+def atomic_file(final: Path, make_folder: bool = True) -> Iterator[Path]:
     """Yield a path to write; on success fsync it and rename it to `final`, on any exception remove it."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        final.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(final)
     try:
         yield partial
@@ -124,12 +125,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     _remove(replaced)  # whatever has the name now: another process may be replacing it in turn
 
 
-def write_text(final: Path, text: str) -> None:
-    """Write a small file atomically."""
-    with atomic_file(final) as partial:
+def write_text(final: Path, text: str, make_folder: bool = True) -> None:
+    """Write a small file atomically; `make_folder`: and its folder, where there is none."""
+    with atomic_file(final, make_folder) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(final: Path, value: Any) -> None:
+def write_json(final: Path, value: Any, make_folder: bool = True) -> None:
     """Write a small JSON file atomically, indented for people."""
-    write_text(final, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(final, json.dumps(value, indent=2, ensure_ascii=False) + "\n", make_folder)

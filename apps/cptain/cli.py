@@ -18,6 +18,7 @@ from cptain import __version__
 from cptain.cli_about_runs import doctor, eval_command, import_command, plan_command, report, status
 from cptain.errors import FAILED, Interrupted, bad_usage, status_and_message
 from cptain.option_types import Bytes, Iteration, Shard, load, run_options, site_option, stage
+from cptain.processes import end
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -30,6 +31,15 @@ class _Commands(click.Group):
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         context.obj = list(args)  # as typed, for a message that repeats the command
         return super().parse_args(context, args)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a program of its own."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except SystemExit as stop:
+            if stop.code is None or isinstance(stop.code, int):
+                end(stop.code or 0)
+            raise
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)  # in the order of a run, not of the alphabet

@@ -1,6 +1,9 @@
-"""What Linux tells of its processes under /proc (proc(5))."""
+"""What Linux tells of its processes under /proc (proc(5)), and how one of ours ends."""
 
+import atexit
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,3 +35,21 @@ def process_start(pid: int) -> str | None:
     except OSError:
         return None
     return None if state in "ZX" else fields[18]
+
+
+def end(status: int) -> None:
+    """End this process as Python does, but for taking its modules apart: where torch was imported that takes 0.5 s, and
+    threads of torch's and gloo's ended a rank in SIGABRT meanwhile (one of 250 on busy cores, torch 2.13).
+
+    It comes back where something is left to do for Python's own end: a profiler, or output that nobody takes.
+    """
+    if sys.getprofile() or sys.gettrace():
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return
+    os._exit(status)

@@ -3,6 +3,7 @@
 # -l node_f=N for N whole nodes, and no job without h_rt. Needs root, and Debian's apt where it is not installed.
 #   gridengine.sh up FOLDER HOST...    then FOLDER/as-user COMMAND... runs a command as the job user on the first host
 #   gridengine.sh down FOLDER
+#   gridengine.sh install .            only Debian's packages
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 verb=$1 folder=$2
@@ -78,6 +79,7 @@ install() {
 }
 
 [ -x $sge/sge_qmaster ] || install > /dev/null
+[ "$verb" != install ] || exit 0
 id "$user" > /dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
 [ ! -e "$folder" ] || "${BASH_SOURCE[0]}" down "$folder"
 mkdir -p "$folder/bin" "$folder/root"

@@ -3,6 +3,7 @@
 # it is not installed.
 #   slurm.sh up FOLDER HOST...    then FOLDER/as-user COMMAND... runs a command as the job user on the first host
 #   slurm.sh down FOLDER
+#   slurm.sh install .            only Debian's packages
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 verb=$1 folder=$2
@@ -23,6 +24,7 @@ install() {
 }
 
 [ -x /usr/sbin/slurmctld ] || install > /dev/null
+[ "$verb" != install ] || exit 0
 id "$user" > /dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
 [ ! -e "$folder" ] || "${BASH_SOURCE[0]}" down "$folder"
 mkdir -p "$folder"/{state,spool,log,munge,gpus}

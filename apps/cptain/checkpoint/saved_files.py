@@ -31,10 +31,12 @@ def write_record(folder: Path) -> None:
 
     Raises:
         CptainError: see `TorchDistReader`, or a file that cannot be read.
+        FileNotFoundError: the checkpoint was removed meanwhile, and stays so.
     """
     with TorchDistReader(folder) as reader:
         names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != RECORD)
-        atomic.write_json(folder / RECORD, {"cptain": __version__, "files": checksums_of(reader, names)})
+        record = {"cptain": __version__, "files": checksums_of(reader, names)}
+        atomic.write_json(folder / RECORD, record, make_folder=False)
 
 
 def compare_record(stage: str, reader: object) -> None:

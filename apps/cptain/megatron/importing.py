@@ -18,13 +18,11 @@ def leave_out_gpu_kernels() -> None:
 
 
 def before_import(cpu: bool) -> None:
-    """Make Megatron importable here, without wandb: it takes 0.4 s, and metrics go there from the process above.
+    """Make Megatron importable here.
 
     Args:
         cpu: answer for CUDA on the CPU (`cptain.megatron.cpu`).
     """
-    empty = importlib.machinery.ModuleSpec("wandb", None)  # the lab's fork does not do without one
-    sys.modules.setdefault("wandb", importlib.util.module_from_spec(empty))
     if not hasattr(typing, "override"):  # Python 3.11, with Megatron 0.17 or later
         import typing_extensions
 
@@ -36,7 +34,12 @@ def before_import(cpu: bool) -> None:
 
 
 def import_megatron(cpu: bool) -> None:
-    """Import megatron.core, after `before_import`, and settle what can only be settled then."""
+    """Import megatron.core, after `before_import`, and settle what can only be settled then.
+
+    It finds an empty wandb, whose import takes 0.4 s: what goes there comes from the process that reads the log.
+    """
+    empty = importlib.machinery.ModuleSpec("wandb", None)  # a module, as the lab's fork does not do without one
+    sys.modules.setdefault("wandb", importlib.util.module_from_spec(empty))
     import megatron.core.datasets.utils as datasets_utils
 
     # Megatron runs make for its dataset helpers at every start, which fails in a read-only image and in PyPI's wheel

@@ -16,6 +16,7 @@ the reason as the last line. How far it came is in the checkpoint's tracker.
 
 import argparse
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -26,6 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # and not in Megatron's spawned children, which come no further
+    gc.disable()  # until all is imported: of what stays, the collector's looks took an eighth of a rank's CPU
+
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -34,6 +38,7 @@ from cptain.megatron import cross_entropy, no_tokenizer, saving, weight_gradient
 from cptain.megatron.importing import before_import, import_megatron
 from cptain.megatron.layers import gpt_layer
 from cptain.megatron.unread_arguments import unread
+from cptain.processes import end
 from cptain.training import batch_ramp, order, packing, resumed_optimizer, validation
 from cptain.training.documents import Documents, File, same_blend
 from cptain.training.health import Health
@@ -302,6 +307,8 @@ def _train(health: Health, words: list[str], z_loss: float) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    gc.freeze()
+    gc.enable()
     no_tokenizer.install()
     saving.install()
     resumed_optimizer.install()
@@ -375,10 +382,13 @@ def main() -> None:
             finally:
                 _say_peak()
     except SystemExit as stop:
-        if stop.code in (None, 0) and not _stopped_as_asked():
+        if stop.code not in (None, 0):
+            raise
+        if not _stopped_as_asked():
             raise RuntimeError("Megatron gave up before the first step; its log says why") from stop
-        raise
 
 
 if __name__ == "__main__":
     main()
+    if CPU:
+        end(0)
