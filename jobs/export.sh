@@ -15,7 +15,7 @@ fail() { echo "export.sh on $HOSTNAME: $*" >&2; exit 1; }
 [ -r "$RUN" ] || fail "$RUN: no such run file here; it must be on a disk that this node mounts"
 [ -e "$IMAGE" ] || fail "$IMAGE: no such image here (make image builds it)"
 environment=${RUN%/*}/environment  # submit.sh's: the user's variables and tokens, for this user alone
-[ -z "${LAST-}" ] || trap 'rm -f "$environment"' EXIT
+[ -z "${LAST-}" ] || { trap 'rm -f "$environment"' EXIT; [ -e "$environment" ] || echo "export.sh on $HOSTNAME: $environment is gone, as this job has run before: the variables of submit.sh's shell (tokens and others) are not set; submit.sh gives them again" >&2; }
 apptainer=$(command -v apptainer) || fail 'apptainer: no such program'
 binds=
 for folder in /*; do

@@ -81,6 +81,10 @@ def test_tokens_reach_the_jobs_by_a_file_of_their_owner_s_that_the_last_job_remo
     for file in submission.folder.rglob("*"):  # the arguments of qsub and pbs_tmrsh, and all output, among them
         assert not file.is_file() or b"very_secret" not in file.read_bytes(), file
     assert not any("TOKEN" in line for line in submission.qsub())
+    again = submission.run("bash", submission.submit.with_name("export.sh"), LAST="1").stderr  # as by qrerun
+    assert f": {kept} is gone, as this job has run before: the variables of submit.sh's shell" in again
+    by_hand = submission.run("bash", submission.submit.with_name("export.sh")).stderr
+    assert "is gone" not in by_hand
 
 
 def test_where_nodes_have_no_way_out_offline_is_the_default_and_said(
