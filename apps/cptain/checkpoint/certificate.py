@@ -27,7 +27,6 @@ from cptain.summary import tell
 
 FILE = "verify.json"
 _KEY = "certificate"
-_READ = 8 << 20  # bytes
 _OF_A_MODEL = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")  # what a base is read for
 _MAY_CHANGE = ("data", "begun with")  # are worked with further: said, and no failure
 
@@ -37,11 +36,8 @@ Checksums = dict[str, dict[str, Any]]
 @cache
 def _hash(file: Path, size: int, mtime_ns: int) -> str:
     """SHA-256 of a file; of one that is the same at each export of a process, such as the base's, read once."""
-    digest = hashlib.sha256()
     with open(file, "rb", buffering=0) as raw:
-        while chunk := raw.read(_READ):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def hashes(folder: Path, names: list[str], workers: int, label: str) -> Checksums:
