@@ -108,9 +108,11 @@ def test_mean_begins_a_new_row_as_the_mean_of_all(make_run: RunFileMaker, tied: 
     assert torch.allclose(rows[500:], base.double().mean(0).float().expand(20, -1), rtol=0, atol=1e-9)
     assert "21 of 21 tensors bit-equal" in done("verify", tied, load_run(file).megatron_folder)
     assert "is done and the model unchanged" in done("convert", file)
-    again = cptain("convert", file, "--set", "model.vocabulary.initialise=subword-mean")
+    again = cptain("convert", file, "--set", "model.vocabulary.initialise=copy")
     assert "is done" not in again.output  # rows that begin otherwise are made again
-    assert not torch.equal(converted_rows(file, EMBEDDING)[500:], rows[500:])
+    firsts = [pieces_of(tied, token)[0] for token in NEW]
+    assert torch.equal(converted_rows(file, EMBEDDING)[500:], base[firsts])
+    assert "21 of 21 tensors bit-equal" in done("verify", tied, load_run(file).megatron_folder)
 
 
 def test_verify_compares_new_rows_apart_and_the_logits_of_old_tokens(
@@ -350,7 +352,7 @@ def test_train_refuses_what_was_converted_without_the_tokens(make_ready_run: Run
 def test_one_of_add_and_tokenizer_says_which(make_run: RunFileMaker, words: Path) -> None:
     both = refused("convert", make_run(model__vocabulary={"add": str(words), "tokenizer": str(words.parent)}))
     assert "model.vocabulary: give exactly one of add and tokenizer" in both
-    assert "model.vocabulary.initialise" in refused("convert", make_run(model__vocabulary={"initialise": "copy"}))
+    assert "model.vocabulary.initialise" in refused("convert", make_run(model__vocabulary={"initialise": "zero"}))
 
 
 def test_tasks_of_an_array_that_come_together_make_one_tokenizer(make_run: RunFileMaker, words: Path) -> None:

@@ -16,13 +16,13 @@ class Vocabulary(Section):
     add: a file of tokens, one a line.
     tokenizer: local folder or hub id of a tokenizer that begins with all ids of the model's own.
     initialise: what a new row is: "subword-mean", the mean of the rows of the pieces that the model's own tokenizer
-        splits the token into; "mean", that of all rows of its ids. There is no "copy" of one row: a token of several
-        pieces has none of its own, and two tokens with one row have one logit.
+        splits the token into; "copy", the row of the first of them, with which it has one logit until it is trained;
+        "mean", the mean of all rows of its ids.
     """
 
     add: AbsolutePath | None = None
     tokenizer: FolderOrHubId | None = None
-    initialise: Literal["subword-mean", "mean"] = "subword-mean"
+    initialise: Literal["subword-mean", "mean", "copy"] = "subword-mean"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -147,9 +147,13 @@ def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
 
 def _vocabulary(extension: Extension) -> str:
     """What was added to the base model's vocabulary, and how it began."""
-    whose = "the pieces that the base's tokenizer splits it into" if extension.initialise == "subword-mean" else "all"
+    began = {
+        "subword-mean": "the mean of those of the pieces that the base's tokenizer splits it into",
+        "copy": "that of the first piece that the base's tokenizer splits it into",
+        "mean": "the mean of those of all",
+    }[extension.initialise]
     new = f"{len(extension.pieces):,} of them new (ids {extension.first:,} to {extension.size - 1:,})"
-    return f"{extension.size:,} tokens, {new}; a new token's rows began as the mean of those of {whose}"
+    return f"{extension.size:,} tokens, {new}; a new token's rows began as {began}"
 
 
 def model_card(run: RunFile, base: Path, iteration: int | None, extension: Extension | None = None) -> str:

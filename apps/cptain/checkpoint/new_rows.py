@@ -38,7 +38,7 @@ class ExtendedReader(SafetensorsReader):
         self._extension = extension
         self._means_lock = threading.Lock()
         self._means: dict[str, torch.Tensor] = {}
-        if extension.initialise == "subword-mean" and [] in extension.pieces:
+        if extension.initialise != "mean" and [] in extension.pieces:
             number = extension.first + extension.pieces.index([])
             raise CptainError(
                 f"model.vocabulary: id {number}: the model's own tokenizer makes no piece of this token: use "
@@ -86,6 +86,8 @@ class ExtendedReader(SafetensorsReader):
                     self._means[name] = self._mean(name, (ids[at : at + step] for at in ids[::step]))
                 return self._means[name]
         pieces = self._extension.pieces[number - self._extension.first]
+        if self._extension.initialise == "copy":
+            pieces = pieces[:1]
         return self._mean(name, (range(piece, piece + 1) for piece in pieces))
 
     def _mean(self, name: str, ids: Iterator[range]) -> torch.Tensor:
