@@ -80,7 +80,7 @@ def _time(run: RunFile, site: Site | None, here: OnSite) -> Document | None:
         "measured_cut": rate.cut_as(here.layout),
     }
     if steps := known_steps(run):
-        hours = run.train.sequences(steps) / run.train.global_batch_size * a_step / 3600
+        hours = run.train.whole_steps(steps) * a_step / 3600
         found |= {"hours": round(hours, 2), "node_hours": round(hours * run.jobs.nodes, 2)}
         if run.jobs.walltime:
             found["chain"] = chain_length(run, a_step)
@@ -154,7 +154,7 @@ def plan(run: RunFile, site: Site | None) -> Document:
         "memory": _memory(run, here),
         "steps": steps,
         "tokens_per_step": run.train.tokens_per_step,
-        "tokens": None if steps is None else run.train.sequences(steps) * run.train.seq_length,
+        "tokens": None if steps is None else run.train.tokens_seen(steps),
         "data": _data(run),
         "time": _time(run, site, here),
         "fastest": _proposals(run, site, here),

@@ -212,6 +212,19 @@ class Train(Section):
         """Sequences that the first `steps` optimizer steps see."""
         return batches.sequences(self.batch_ramp, self.global_batch_size, steps)
 
+    def tokens_seen(self, steps: int) -> int:
+        """Tokens that the first `steps` optimizer steps see."""
+        return self.sequences(steps) * self.seq_length
+
+    def whole_steps(self, steps: int) -> float:
+        """How many steps of global_batch_size see as much, and so take about as long, as the first `steps`."""
+        return self.sequences(steps) / self.global_batch_size
+
+    @property
+    def divides_batches(self) -> int:
+        """The largest number of sequences that divides every global batch."""
+        return math.gcd(self.global_batch_size, *(batch for batch, _ in self.batch_ramp))
+
     def steps_for(self, tokens: float, begin: int = 0) -> int:
         """How many optimizer steps after step `begin` see so many tokens, rounded up."""
         wanted = self.sequences(begin) + math.ceil(tokens / self.seq_length)

@@ -124,7 +124,7 @@ def _rows(run_folder: Path, base: Path, step: int) -> list[tuple[str, str]]:
     if not done:  # trained by another tool
         return rows
     train = Train.model_construct(**done[-1][0].run["train"])  # none of what is asked of it can change in a run
-    seen = train.sequences(step) * train.seq_length
+    seen = train.tokens_seen(step)
     rows.append(("tokens seen", f"{human(seen)} ({seen:,})"))
     names = _part_names(done[-1][0].run["data"]["mix"]).values()
     epochs = epochs_seen(done[-1][0].data, train, step)

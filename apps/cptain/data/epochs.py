@@ -49,7 +49,7 @@ def exposures(run: RunFile, records: list[Record], steps: int, until: int | None
     if not any(tokens for _, tokens in found):
         bad_usage(f"data.split = {run.data.split}: no file has a document in its training part: give that more")
     until = steps if until is None else until
-    in_all = run.train.sequences(until) * run.train.seq_length
+    in_all = run.train.tokens_seen(until)
     return [
         Exposure(part.name, sum(one.documents for one in part.records), tokens, seen / in_all, seen / tokens)
         for (part, tokens), seen in zip(found, seen_by(stages(run, found, steps), run.train, until), strict=True)
@@ -65,7 +65,7 @@ def check_epochs(run: RunFile, found: list[Exposure], steps: int) -> None:
     """
     asked = 0.0
     if run.train.epochs is not None:  # rounded up to whole steps
-        asked = _seen(run, steps) / sum(part.tokens for part in found)
+        asked = run.train.tokens_seen(steps) / sum(part.tokens for part in found)
     most = max(found, key=lambda part: part.epochs)
     if most.epochs > max(run.data.max_epochs, asked):
         bad_usage(
@@ -88,7 +88,7 @@ def first_lines(run: RunFile, records: list[Record], steps: int) -> tuple[str, .
     epochs = _number(most) if len(found) == 1 else f"{_number(least)} to {_number(most)}"
     first = (
         f"{documents:,} documents, {_counted(tokens)} to train on; {steps:,} steps of {_a_step(run)}: "
-        f"{human(_seen(run, steps))} in all, {epochs} epochs"
+        f"{human(run.train.tokens_seen(steps))} in all, {epochs} epochs"
     )
     last: tuple[str, ...] = ()
     if run.train.eval_steps and lacks_validation(run.data_folder, records, run.data.split):
@@ -114,10 +114,6 @@ def _stage_lines(run: RunFile, records: list[Record], steps: int) -> Iterator[st
             f"{part.name} {share:.1%}" for (part, _), share in zip(found, plan.shares, strict=True) if share
         )
         yield f"  steps {plan.begin + 1:,} to {plan.end:,}: {shares}"
-
-
-def _seen(run: RunFile, steps: int) -> int:
-    return run.train.sequences(steps) * run.train.seq_length
 
 
 def _a_step(run: RunFile) -> str:

@@ -100,8 +100,7 @@ def _normal(weights: list[float]) -> list[float]:
 def seen_by(plans: list[StageOf], train: Train, steps: int) -> list[float]:
     """How many tokens of each part the first `steps` of a run see."""
     tokens = [
-        train.seq_length * (train.sequences(max(plan.begin, min(plan.end, steps))) - train.sequences(plan.begin))
-        for plan in plans
+        train.tokens_seen(max(plan.begin, min(plan.end, steps))) - train.tokens_seen(plan.begin) for plan in plans
     ]
     return [
         sum(share * of_stage for share, of_stage in zip(of_part, tokens, strict=True))

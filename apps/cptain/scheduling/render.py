@@ -158,7 +158,7 @@ def chain_length(run: RunFile, estimate: float | None = None) -> int:
     if a_step is None or steps is None:
         return _CHAIN_UNKNOWN
     a_job = seconds(run.jobs.walltime) - seconds(run.jobs.margin)
-    needed = math.ceil(run.train.sequences(steps) / run.train.global_batch_size * a_step / a_job) + 1
+    needed = math.ceil(run.train.whole_steps(steps) * a_step / a_job) + 1
     if needed > _LONGEST_CHAIN:
         bad_usage(
             f"jobs.chain: {steps} steps of {a_step:g} s are {needed} jobs of {run.jobs.walltime}: "

@@ -41,13 +41,14 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
     Raises:
         CptainError: exit status 2, a change that a run that has begun cannot take.
     """
+    after = run.model_dump(mode="json", exclude_none=True)
     for key, why in (
         ("global_batch_size", _COUNTED),
         ("batch_ramp", _COUNTED),
         ("seq_length", "its data is cut into sequences of this length"),
     ):
-        after = run.train.model_dump(mode="json")[key]
-        _refuse_change(f"train.{key}", before["train"].get(key, []), after, why)  # batch_ramp was not there always
+        old = before["train"].get(key, [])  # batch_ramp was not there always
+        _refuse_change(f"train.{key}", old, after["train"][key], why)
     if (before["train"]["precision"] == "fp32") != (run.train.precision == "fp32"):
         why = "the optimizer's state of fp32 is not that of bf16 and fp8"
         _refuse_change("train.precision", before["train"]["precision"], run.train.precision, why)
@@ -56,7 +57,6 @@ def check_changes(before: dict[str, Any], run: RunFile) -> list[str]:
         why = "where experts are shared out, Megatron saves an optimizer of their own, else one of all"
         _refuse_change("parallel.expert", old, run.parallel.expert, why)
     lines = []
-    after = run.model_dump(mode="json", exclude_none=True)
     staged = bool(run.data.stage and before["data"].get("stage"))  # what was seen stays: cptain.data.trained_on
     for key in () if staged else _ORDER_KEYS:
         if (old := _nameless(before["data"].get(key, []))) != (new := _nameless(after["data"][key])):
@@ -109,8 +109,7 @@ def _other_epochs(before: dict[str, Any], run: RunFile) -> list[str]:
     if old_epochs == new_epochs:
         return []
     most = max(range(len(parts)), key=lambda part: new_epochs[part])
-    seen = [run.train.sequences(n) * run.train.seq_length for n in (old, new)]
-    used = [tokens * parts[most][0] / parts[most][1] for tokens in seen]
+    used = [run.train.tokens_seen(n) * parts[most][0] / parts[most][1] for n in (old, new)]
     return [f"steps: {old} → {new} ({used[0]:.2f} → {used[1]:.2f} epochs of its data): {_ANEW}"]
 
 

@@ -3,7 +3,6 @@
 `cptain train` asks with the GPU that it finds, `cptain plan` and `cptain jobs` with what the site says of its own.
 """
 
-import math
 from dataclasses import replace
 
 from cptain.model.architecture import Architecture
@@ -54,10 +53,10 @@ def _need(run: RunFile, architecture: Architecture, layout: Layout, gpu_bytes: f
 def _micro_batch(run: RunFile, architecture: Architecture, layout: Layout, gpu_bytes: float) -> tuple[Layout, str]:
     """The largest micro batch that fits and divides, and why it is no larger."""
     batch = run.train.global_batch_size
-    divides = math.gcd(batch, *(size for size, _ in run.train.batch_ramp)) // layout.data
+    divides = run.train.divides_batches // layout.data
     a_copy, others = batch // layout.data, layout.pipeline - 1
     chosen, why = replace(layout, micro_batch_size=1), "which is all that a copy of the model has of a global batch"
-    for size in range(2, a_copy + 1):
+    for size in range(2, divides + 1):
         if divides % size:
             continue
         larger = replace(layout, micro_batch_size=size)

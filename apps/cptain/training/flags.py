@@ -62,7 +62,7 @@ def check_parallel(run: RunFile, architecture: Architecture, processes: int) -> 
             "micro_batch_size × data-parallel size",
             micro_batch_size * max(1, data_parallel),
             "sequences of train.global_batch_size" + " and batch_ramp" * bool(train.batch_ramp),
-            math.gcd(train.global_batch_size, *(batch for batch, _ in train.batch_ramp)),
+            train.divides_batches,
             f"micro_batch_size = {train.micro_batch_size}, {data_parallel} copies of the model",
         ),
         ("2 × parallel.context", 2 * parallel.context, "tokens of train.seq_length", train.seq_length, "")
