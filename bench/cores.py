@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import math
 import os
 import shutil
 import statistics
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizing import FILES, ours
+
+ALONE = 100  # MB of text that a process encodes alone, some 2 s: in less, their start would count
 
 
 def encode_alone(folder: Path, model: Path, cores: int) -> float:
@@ -21,18 +24,19 @@ def encode_alone(folder: Path, model: Path, cores: int) -> float:
     with open(folder / "part.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     size = sum(len(text.encode()) for text in texts) / 1e6
+    times = math.ceil(ALONE / size)
     began = time.monotonic()
     children = []
     for _ in range(cores):
         child = os.fork()
         if not child:
-            for first in range(0, len(texts), 4000):
+            for first in [*range(0, len(texts), 4000)] * times:
                 tokenizer.encode(texts[first : first + 4000])
             os._exit(0)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    return size * cores / (time.monotonic() - began)
+    return size * times * cores / (time.monotonic() - began)
 
 
 def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
@@ -53,13 +57,17 @@ def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterato
         sum((many / part / "one.jsonl").stat().st_size * sign for part, sign in (("whole", 1), ("quarter", -1))) / 1e6
     )
     ours(folder, str(many / "quarter" / "00.jsonl.gz"), model, 1, new="work")
-    alone = {cores: encode_alone(folder, model, cores) for cores in arguments.scaling}
+    repeats = {cores: min(cores, arguments.repeat) for cores in arguments.scaling}  # few cores take long
+    alone = {
+        cores: statistics.median(encode_alone(folder, model, cores) for _ in range(repeats[cores]))
+        for cores in arguments.scaling
+    }
     for label, files in ((f"{most} .jsonl.gz", "??.jsonl.gz"), ("one .jsonl", "one.jsonl")):
         first = 0.0
         for cores in arguments.scaling:
             times = [
                 statistics.median(
-                    ours(folder, f"{many}/{part}/{files}", model, cores)[0] for _ in range(arguments.repeat)
+                    ours(folder, f"{many}/{part}/{files}", model, cores)[0] for _ in range(repeats[cores])
                 )
                 for part in ("quarter", "whole")
             ]

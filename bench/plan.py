@@ -53,6 +53,9 @@ SHAPES = {
     "Llama 3.1 8B, 12 layers, 32,000 words, 4 recomputed": Shape("8b-32k", 12, 8192, 8, ["train.recompute=4"]),
     "width 1024, 24 layers, micro batch 8": Shape("0.3b", 24, 2048, 64, [f"{MICRO_BATCH}8"]),
     "Llama 3.1 70B, 1 layer": Shape("70b", 1, 8192, 8),
+    "width 1024, 24 layers, micro batch 2": Shape("0.3b", 24, 2048, 16, [f"{MICRO_BATCH}2"]),
+    "Llama 3.2 1B, micro batch 1": Shape("1b", 16, 4096, 16),
+    "Llama 3.2 1B in fp8": Shape("1b", 16, 4096, 16, [FP8, f"{MICRO_BATCH}4"]),
 }
 
 

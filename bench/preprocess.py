@@ -7,7 +7,7 @@ one plain .jsonl file, and the same number of cores. Steady speed is taken betwe
 so that start-up drops out of both. Every figure is the median of --repeat runs.
 
 --scaling 1,4,16 encodes 16 files of --megabytes each with 1, 4 and 16 cores, and then one file with all of that; steady
-speed is taken between a quarter and all.
+speed is taken between a quarter and all. Medians are of as many runs as there are cores, and of --repeat at most.
 
 --edges compares files of edge cases instead, one a file, beside one of all that every tool takes.
 """
