@@ -39,41 +39,50 @@ def encode_alone(folder: Path, model: Path, cores: int) -> float:
     return size * times * cores / (time.monotonic() - began)
 
 
-def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
-    """Steady speed over cores, for as many files as the most cores, and for one file."""
-    most = max(arguments.scaling)
-    many = folder / "scaling"
-    shutil.rmtree(many, ignore_errors=True)
-    members = sorted(folder.glob("??.jsonl.gz"))
+def make_files(folder: Path, most: int) -> dict[str, float]:
+    """Of every kind a quarter and the whole, for so many cores; gives the MB of text between them.
+
+    A core has as much to do whatever their number is: the files of `N` cores are N .jsonl.gz, or one .jsonl N times as
+    long.
+    """
+    shutil.rmtree(folder / "scaling", ignore_errors=True)
+    members, sizes = sorted(folder.glob("??.jsonl.gz")), dict[str, float]()
     for part, some in (("quarter", members[: FILES // 4]), ("whole", members)):
-        (many / part).mkdir(parents=True)
+        (folder / "scaling" / part).mkdir(parents=True)
         content = b"".join(member.read_bytes() for member in some)
         for number in range(most):
-            (many / part / f"{number:02}.jsonl.gz").write_bytes(content)
-        with open(many / part / "one.jsonl", "wb") as file:
+            (folder / "scaling" / part / f"{number:02}.jsonl.gz").write_bytes(content)
+        text = gzip.decompress(content)
+        with open(folder / "scaling" / part / "one.jsonl", "wb") as file:
             for _ in range(most):
-                file.write(b"".join(gzip.decompress(member.read_bytes()) for member in some))
-    text = (
-        sum((many / part / "one.jsonl").stat().st_size * sign for part, sign in (("whole", 1), ("quarter", -1))) / 1e6
-    )
-    ours(folder, str(many / "quarter" / "00.jsonl.gz"), model, 1, new="work")
-    repeats = {cores: min(cores, arguments.repeat) for cores in arguments.scaling}  # few cores take long
-    alone = {
-        cores: statistics.median(encode_alone(folder, model, cores) for _ in range(repeats[cores]))
-        for cores in arguments.scaling
-    }
-    for label, files in ((f"{most} .jsonl.gz", "??.jsonl.gz"), ("one .jsonl", "one.jsonl")):
-        first = 0.0
+                file.write(text)
+        sizes[part] = len(text) * most / 1e6
+    return sizes
+
+
+def scaling(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterator[list[str]]:
+    """Steady speed over cores, for as many files as the most cores, and for one file.
+
+    A machine's speed drifts within minutes by as much as is looked for. So the encoder alone runs right before each run
+    of cptain's, which it is compared with.
+    """
+    sizes = make_files(folder, max(arguments.scaling))
+    text = sizes["whole"] - sizes["quarter"]
+    ours(folder, str(folder / "scaling" / "quarter" / "00.jsonl.gz"), model, 1, new="work")
+    kinds = {f"{max(arguments.scaling)} .jsonl.gz": "??.jsonl.gz", "one .jsonl": "one.jsonl"}
+    first: dict[str, tuple[float, float]] = {}
+    for label, files in kinds.items():
         for cores in arguments.scaling:
-            times = [
-                statistics.median(
-                    ours(folder, f"{many}/{part}/{files}", model, cores)[0] for _ in range(repeats[cores])
+            pairs = []
+            for _ in range(min(cores, arguments.repeat)):  # few cores take long
+                alone = encode_alone(folder, model, cores)
+                quarter, whole = (
+                    ours(folder, f"{folder}/scaling/{part}/{files}", model, cores)[0] for part in ("quarter", "whole")
                 )
-                for part in ("quarter", "whole")
-            ]
-            speed = text / (times[1] - times[0])
-            first = first or speed / cores
-            of_machine = alone[cores] / alone[arguments.scaling[0]] / cores * arguments.scaling[0]
-            figures = [f"{speed / first / cores:.2f}", f"{of_machine:.2f}", f"{speed / first / cores / of_machine:.2f}"]
-            yield [label, str(cores), f"{speed:.0f}", *figures]
-    shutil.rmtree(many)
+                pairs.append((text / (whole - quarter), alone))
+            speed, alone = (statistics.median(values) for values in zip(*pairs, strict=True))
+            share = statistics.median(mine / encoder for mine, encoder in pairs)
+            one = first.setdefault(label, (speed / cores, share))
+            figures = [f"{speed:.0f}", f"{alone:.0f}", f"{speed / one[0] / cores:.2f}", f"{share:.2f}"]
+            yield [label, str(cores), *figures, f"{share / one[1]:.2f}"]
+    shutil.rmtree(folder / "scaling")

@@ -120,8 +120,8 @@ def main() -> None:
     if arguments.edges:
         head, table = ["edge case", "cptain", *(label for label, *_ in tools(arguments.peer))], edges
     elif arguments.scaling:
-        head, table = ["files", "cores", "steady MB/s", "of linear", "the encoder alone, of linear"], scaling
-        head.append("ours over the encoder's")
+        head, table = ["files", "cores", "steady MB/s", "the encoder alone, MB/s", "of linear"], scaling
+        head += ["ours over the encoder's", "that, of its first"]
     else:
         head, table = ["tool", "wall s", "steady MB/s", "wall, times ours", "ours, times its speed"], rows
         head += ["peak MB a process", "same bytes"]

@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from conftest import RunFileMaker, cptain, cptain_process, leftovers, of_session
 from cptain.data import reader
+from cptain.data.hashed_file import HashedFile
 from cptain.data.manifest import lock_file
 from cptain.data.processes import process_pool
 from cptain.data.tokenizer import Tokenizer
@@ -71,16 +72,28 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next_one_to_the_same_byte
     assert cptain("preprocess", file, "--workers", 2).exit_code == 0
     whole, manifest = data(folder), (folder / "manifest.json").read_bytes()
     assert len(whole) == 4 * 3
-    began = time.monotonic()
-    _, status = os.waitpid(run_in_child(file, log, "--force"), 0)
-    length = time.monotonic() - began
+
+    def wait_for(child: int, manifest: bool) -> float:
+        """Seconds until there is a manifest, or none, as while the files are worked on; or until the process ends."""
+        began = time.monotonic()
+        while (folder / "manifest.json").exists() != manifest:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.001)
+        return time.monotonic() - began
+
+    child = run_in_child(file, log, "--force")
+    before, work = wait_for(child, manifest=False), wait_for(child, manifest=True)
+    _, status = os.waitpid(child, 0)
     assert status == 0, log.read_text()
 
     moments = random.Random(11)
     during = finished = 0
-    for _ in range(KILLS):
+    for number in range(KILLS):
         child = run_in_child(file, log, "--force")
-        time.sleep(moments.uniform(0, length * 1.05))
+        if number % 4:
+            wait_for(child, manifest=False)
+        time.sleep(moments.uniform(0, work if number % 4 else before))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         finished += status == 0
@@ -261,7 +274,7 @@ def test_files_at_random_lose_no_line(
         monkeypatch.setattr(reader, "_READ", pick.choice([1, 64, 10_000]))
         found: dict[int, list[str] | str] = {}
         count = 0
-        for block in reader.blocks(file, "text", 1 << 20, lambda chunk: None):
+        for block in reader.blocks(HashedFile(file), "text", 1 << 20):
             assert block.first_line == count + 1
             documents = reader.parse(block, "text", 1 << 20)
             count += block.count
@@ -290,7 +303,7 @@ def test_compressed_files_that_are_cut_or_changed_never_give_less(
     cut = changed = harmless = 0
 
     def text(file: Path) -> bytes:
-        return b"\n".join(b"".join(b.content) for b in reader.blocks(file, "text", 1 << 20, lambda chunk: None))
+        return b"\n".join(bytes(b.content) for b in reader.blocks(HashedFile(file), "text", 1 << 20))
 
     for kind, compressed in (
         (".gz", gzip.compress(content)),

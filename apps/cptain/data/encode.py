@@ -7,18 +7,20 @@ written.
 
 import mmap
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 from typing import cast
 
 import numpy as np
 
 from cptain.data import reader
+from cptain.data.hashed_file import HashedFile
 from cptain.data.indexed_dataset import EncodedDocuments, Ids, token_dtype, with_eod
 from cptain.data.processes import process_pool
 from cptain.data.recipe import Recipe
@@ -26,6 +28,7 @@ from cptain.data.tokenizer import Tokenizer
 from cptain.errors import CptainError
 
 _SLOT = 32 << 20  # bytes of address; only what is used takes memory
+_SPARE = 4  # slots that are filled or emptied while each process has one
 _LONGEST_CHECKED = 1 << 20  # characters: Hugging Face's library takes a hundred bytes of memory for one of text
 
 
@@ -62,9 +65,9 @@ class Encoding:
     recipe: Recipe
     check_fraction: float
 
-    def blocks(self, seen: Callable[[bytes], None] = lambda read: None) -> Iterator[reader.Block]:
-        """The file's blocks; `seen` is given every byte of it."""
-        return reader.blocks(Path(self.file), self.recipe.key, self.recipe.max_document_bytes, seen)
+    def blocks(self, source: HashedFile | None = None) -> Iterator[reader.Block]:
+        """The file's blocks; whoever asks for its hash gives it as `source`."""
+        return reader.blocks(source or HashedFile(Path(self.file)), self.recipe.key, self.recipe.max_document_bytes)
 
     def parse(self, block: reader.Block) -> reader.Documents:
         """The documents of a block."""
@@ -110,23 +113,33 @@ def encoded(
         for block in blocks:
             yield block.read, encode(block)
         return
-    slots = [mmap.mmap(-1, _SLOT) for _ in range(cores + 2)]
-    free = list(slots)
-    ahead: deque[tuple[int, mmap.mmap, Future[_Answer]]] = deque()
+    slots = [mmap.mmap(-1, _SLOT) for _ in range(cores + _SPARE)]
+    free, sent, stop = SimpleQueue[int](), SimpleQueue[tuple[int, int, Future[_Answer]] | None](), Event()
+    for number in range(len(slots)):
+        free.put(number)
 
-    def first() -> Iterator[tuple[int, Encoded]]:
-        read, slot, future = ahead.popleft()
-        yield read, _fetch(future.result(), slot)
-        free.append(slot)
+    def feed() -> None:
+        """Read, and send every block to the pool, which this thread's peer empties meanwhile."""
+        try:
+            for block in blocks:
+                number = free.get()
+                if stop.is_set():
+                    return
+                sent.put((block.read, number, pool.submit(_encode_in, number, *_put(block, slots[number]))))
+        finally:
+            sent.put(None)
 
-    with process_pool(cores, _begin, encode, slots) as pool:
-        for block in blocks:
-            while not free or (ahead and ahead[0][2].done()):
-                yield from first()
-            slot = free.pop()
-            ahead.append((block.read, slot, pool.submit(_encode_in, slots.index(slot), *_put(block, slot))))
-        while ahead:
-            yield from first()
+    with process_pool(cores, _begin, encode, slots) as pool, ThreadPoolExecutor(1) as beside:
+        feeding = beside.submit(feed)
+        try:
+            while item := sent.get():
+                read, number, future = item
+                yield read, _fetch(future.result(), slots[number])
+                free.put(number)
+            feeding.result()  # what reading ended with, if anything
+        finally:
+            stop.set()
+            free.put(-1)
 
 
 # What comes back: a block's documents, and how many ids lie in the slot instead of in them.
@@ -145,18 +158,16 @@ def _put(block: reader.Block, slot: mmap.mmap) -> tuple[reader.Block, int | None
     """Lay a block into a slot: the block without what lies there, and how many bytes that is. Rows are sent."""
     if isinstance(block.content, list):
         return block, None
-    size = sum(map(len, block.content))
+    size = len(block.content)
     if size > _SLOT:
-        return replace(block, content=(b"".join(block.content),)), None
-    slot.seek(0)
-    for piece in block.content:
-        slot.write(piece)
-    return replace(block, content=()), size
+        return replace(block, content=bytes(block.content)), None
+    slot[:size] = block.content
+    return replace(block, content=b""), size
 
 
 def _encode_in(number: int, block: reader.Block, size: int | None) -> _Answer:
     slot = _slots[number]
-    encoded = _encode(block if size is None else replace(block, content=(slot[:size],)))
+    encoded = _encode(block if size is None else replace(block, content=slot[:size]))
     ids = encoded.documents.ids
     if ids.nbytes > _SLOT:
         return encoded, None

@@ -43,6 +43,8 @@ def process_pool(count: int, begin: Callable[..., None], *arguments: Any) -> Ite
         CptainError: one of them died.
     """
     pool = ProcessPoolExecutor(count, CONTEXT, _begin, (os.getpid(), begin, arguments))
+    # Starts them all, in this thread: Linux takes the end of the thread that started a process for its parent's.
+    pool.submit(bool)
     try:
         yield pool
     except BaseException as error:

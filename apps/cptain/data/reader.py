@@ -11,7 +11,7 @@ import json
 import lzma
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ import orjson
 import zstandard
 from isal import isal_zlib
 
+from cptain.data.hashed_file import HashedFile
 from cptain.errors import CptainError, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
@@ -47,14 +48,14 @@ class Block:
     Attributes:
         first_line: the number of the first, from 1.
         count: how many.
-        content: the lines, in pieces that are cut anywhere, without the last one's line end; or a list of what the rows
-            hold under the key.
+        content: the lines, without the last one's line end, good until the next block is asked for; or a list of what
+            the rows hold under the key.
         read: bytes of the file itself that were read for them.
     """
 
     first_line: int
     count: int
-    content: tuple[bytes | memoryview, ...] | list[Any]
+    content: bytes | memoryview | list[Any]
     read: int
 
 
@@ -142,114 +143,111 @@ def _check_padding(file: Path, position: int, zeros: int, frames: int) -> None:
         )
 
 
-def _decompressed(file: Path, seen: Callable[[bytes], None]) -> Iterator[tuple[bytes, int]]:
-    """Decompressed bytes, with the bytes of the file itself that were read for them."""
-    with open(file, "rb", buffering=0) as raw:
-        decompressor, inside, position = _new_decompressor(file), False, 0
-        zeros = frames = 0
-        while chunk := raw.read(_READ if decompressor else 4 * _READ):
-            size = len(chunk)
-            seen(chunk)
-            if decompressor is None:
-                yield chunk, size
-                continue
-            for start in range(0, size, _PIECE):
-                piece = chunk[start : start + _PIECE]
-                length = untold = len(piece)
-                while piece:
-                    if not inside:
-                        bare = piece.lstrip(b"\0")
-                        zeros += len(piece) - len(bare)
-                        if not (piece := bare):
-                            break  # zero padding behind the last frame, as tar and tape leave it
-                        _check_padding(file, position + length - len(piece), zeros, frames)
-                    inside, zeros = True, 0
-                    try:
-                        out = decompressor.decompress(piece)
-                    except _ERRORS as error:
-                        raise CptainError(
-                            f"{file}: corrupt at byte {position + length - len(piece)} or after: {one_line(error)}"
-                        ) from error
-                    yield out, untold
-                    untold = 0
-                    if not decompressor.eof:
-                        break
-                    piece, frames = decompressor.unused_data, frames + 1
-                    decompressor, inside = _new_decompressor(file) or decompressor, False
-                position += length
-                if untold:
-                    yield b"", untold
-        if inside:
-            raise CptainError(f"{file}: truncated: the file ends at byte {position}, inside a compressed frame")
+def _decompressed(source: HashedFile) -> Iterator[tuple[bytes | memoryview, int]]:
+    """Decompressed bytes, good until the next, with the bytes of the file itself that were read for them."""
+    file = source.file
+    decompressor, inside, position = _new_decompressor(file), False, 0
+    zeros = frames = 0
+    for chunk in source.chunks(_READ if decompressor else 4 * _READ):
+        if decompressor is None:
+            yield chunk, len(chunk)
+            continue
+        for start in range(0, len(chunk), _PIECE):
+            piece = bytes(chunk[start : start + _PIECE])
+            length = untold = len(piece)
+            while piece:
+                if not inside:
+                    bare = piece.lstrip(b"\0")
+                    zeros += len(piece) - len(bare)
+                    if not (piece := bare):
+                        break  # zero padding behind the last frame, as tar and tape leave it
+                    _check_padding(file, position + length - len(piece), zeros, frames)
+                inside, zeros = True, 0
+                try:
+                    out = decompressor.decompress(piece)
+                except _ERRORS as error:
+                    raise CptainError(
+                        f"{file}: corrupt at byte {position + length - len(piece)} or after: {one_line(error)}"
+                    ) from error
+                yield out, untold
+                untold = 0
+                if not decompressor.eof:
+                    break
+                piece, frames = decompressor.unused_data, frames + 1
+                decompressor, inside = _new_decompressor(file) or decompressor, False
+            position += length
+            if untold:
+                yield b"", untold
+    if inside:
+        raise CptainError(f"{file}: truncated: the file ends at byte {position}, inside a compressed frame")
 
 
-def blocks(file: Path, key: str, max_line_bytes: int, seen: Callable[[bytes], None]) -> Iterator[Block]:
-    """Every line or row of `file`, in blocks.
+def blocks(source: HashedFile, key: str, max_line_bytes: int) -> Iterator[Block]:
+    """Every line or row of a file, in blocks.
 
     Args:
-        file: the file; its name says what it is.
+        source: the file; its name says what it is.
         key: of the texts: a parquet file's column. The lines of a .jsonl file come whole.
         max_line_bytes: a longer line is an error: it would not fit in memory.
-        seen: given every byte of the file, in order.
 
     Raises:
         CptainError: the file cannot be read, is corrupt or truncated, has no such column, or a line is too long.
     """
     try:
-        yield from _rows(file, key, seen) if file.suffix == ".parquet" else _line_blocks(file, max_line_bytes, seen)
+        yield from _rows(source, key) if source.file.suffix == ".parquet" else _line_blocks(source, max_line_bytes)
     except OSError as error:
-        raise CptainError(f"{file}: cannot be read: {error.strerror or one_line(error)}") from error
+        raise CptainError(f"{source.file}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def _line_blocks(file: Path, max_line_bytes: int, seen: Callable[[bytes], None]) -> Iterator[Block]:
-    parts: list[bytes] = []
-    size = read = unended = 0
-    line = 1
-    for data, of_file in _decompressed(file, seen):
-        read += of_file
-        parts.append(data)
-        size += len(data)
-        unended = len(data) - 1 - data.rfind(b"\n") if b"\n" in data else unended + len(data)
+def _line_blocks(source: HashedFile, max_line_bytes: int) -> Iterator[Block]:
+    held, size, read, line, unended = bytearray(2 * _BLOCK), 0, 0, 1, 0
+    for data, of_file in _decompressed(source):
+        begins, size, read = size, size + len(data), read + of_file
+        if size > len(held):  # a new one, since somebody may still look at the last block
+            held = held[:begins] + bytearray(size)
+        held[begins:size] = data
+        end = held.rfind(b"\n", begins, size)
+        unended = size - 1 - end if end >= 0 else unended + len(data)
         if unended > max(max_line_bytes, _BLOCK):
-            line += sum(map(_line_ends, parts))
             raise CptainError(
-                f"{file}:{line}: over {max_line_bytes} bytes (data.max_document_bytes), and its end is not in sight: "
-                "is there one line a document?"
+                f"{source.file}:{line + _line_ends(held, 0, size)}: over {max_line_bytes} bytes "
+                "(data.max_document_bytes), and its end is not in sight: is there one line a document?"
             )
-        if size < _BLOCK or b"\n" not in data:
+        if size < _BLOCK or end < 0:
             continue
-        if line == 1:
-            parts = [data := _without_mark(parts)]
-        end = data.rfind(b"\n")
-        block = Block(line, sum(map(_line_ends, parts)), (*parts[:-1], memoryview(data)[:end]), read)
-        parts, size, read = [data[end + 1 :]], len(data) - end - 1, 0
-        line += block.count
+        start = _mark(held) if line == 1 else 0
+        block = Block(line, _line_ends(held, start, end + 1), memoryview(held)[start:end], read)
         yield block
-    whole = _without_mark(parts) if line == 1 else b"".join(parts)
+        left = held[end + 1 : size]
+        held = bytearray(2 * _BLOCK) if len(held) > 4 * _BLOCK else held
+        held[: len(left)] = left
+        size, read, line = len(left), 0, line + block.count
+    whole = bytes(held[_mark(held) if line == 1 else 0 : size])
     if whole or read:
         count = whole.count(b"\n") + (len(whole) > 0 and whole[-1:] != b"\n")
-        yield Block(line, count, (whole.removesuffix(b"\n"),), read)
+        yield Block(line, count, whole.removesuffix(b"\n"), read)
 
 
-def _line_ends(part: bytes) -> int:
-    """How many, which bytes.count tells at half the speed: one process does this for all that share a file's blocks."""
-    return int(np.count_nonzero(np.frombuffer(part, np.uint8) == 10))
+def _line_ends(held: bytearray, start: int, end: int) -> int:
+    """How many, which bytes.count tells at a quarter of the speed: one process does this for all that share a file's
+    blocks."""
+    return int(np.count_nonzero(np.frombuffer(held, np.uint8)[start:end] == 10))
 
 
-def _without_mark(parts: list[bytes]) -> bytes:
-    """The beginning of a file, without the byte order mark that it may have."""
-    return b"".join(parts).removeprefix(b"\xef\xbb\xbf")
+def _mark(held: bytearray) -> int:
+    """The length of the byte order mark that a file may begin with."""
+    return 3 if held.startswith(b"\xef\xbb\xbf") else 0
 
 
-def _rows(file: Path, key: str, seen: Callable[[bytes], None]) -> Iterator[Block]:
+def _rows(source: HashedFile, key: str) -> Iterator[Block]:
+    file = source.file
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise CptainError(f"{file}: reading it needs pyarrow: pip install 'cptain[parquet]'") from None
-    with open(file, "rb", buffering=0) as raw:
-        while chunk := raw.read(_BLOCK):
-            seen(chunk)
+    for _ in source.chunks(_BLOCK):
+        pass
     size, row, read = file.stat().st_size, 1, 0
     try:
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
@@ -366,7 +364,7 @@ def parse(block: Block, key: str, max_document_bytes: int, strip: bool = False) 
             Megatron-LM does.
     """
     rows = isinstance(block.content, list)
-    content: list[Any] = block.content if isinstance(block.content, list) else b"".join(block.content).split(b"\n")
+    content: list[Any] = block.content if isinstance(block.content, list) else bytes(block.content).split(b"\n")
     content = content[: block.count]  # of no byte at all, split makes one line
     texts = None if strip else _at_once(block, content, key, max_document_bytes)
     if texts is not None:

@@ -4,17 +4,16 @@ A pair appears only when it is complete and every line of the file is accounted 
 so that what another process left half-written there can be removed, whichever host it ran on.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cptain.atomic import PARTIAL, atomic_file
 from cptain.data.encode import Encoded, Encoding, encoded
+from cptain.data.hashed_file import HashedFile
 from cptain.data.in_use import refuse_if_in_use
 from cptain.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from cptain.data.manifest import Record, lock_file, read_record, remove_record, write_record
@@ -81,8 +80,6 @@ def half_written(folder: Path) -> dict[Path, list[Path]]:
 
 
 _SUFFIXES = (".bin", ".idx", ".skipped.jsonl")
-_SMALL = 1 << 20  # bytes: half a millisecond
-_UNHASHED = 4  # chunks of the file that may wait for their hash
 
 Read = Callable[[int, int], None]
 """Told, as a file is read, the bytes of it that were read and the tokens written since it was last called."""
@@ -90,29 +87,18 @@ Read = Callable[[int, int], None]
 
 def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encoded], None], read: Read) -> Record:
     """Encode a whole file, give every block to `take`, and count; returns the record, without the pair's sizes."""
-    file, whole = Path(task.record.input), hashlib.sha256()
+    file = Path(task.record.input)
+    source = HashedFile(file)
     lines = documents = tokens = text_bytes = skipped = blank = 0
-    with ThreadPoolExecutor(1) as beside:  # the hash is as slow as reading, and would halve what feeds many cores
-        hashed: list[Future[None]] = []
-
-        def seen(chunk: bytes) -> None:
-            if len(chunk) < _SMALL and not hashed:  # of 20,000 small files, none is worth a thread
-                whole.update(chunk)
-                return
-            hashed.append(beside.submit(whole.update, chunk))
-            if len(hashed) > _UNHASHED:
-                hashed.pop(0).result()
-
-        blocks = task.encoding.blocks(seen)
-        for bytes_read, block in encoded(blocks, task.encoding, tokenizer, cores):
-            take(block)
-            lines += block.lines
-            documents += len(block.documents.sequences)
-            tokens += len(block.documents.ids)
-            text_bytes += block.text_bytes
-            skipped += len(block.bad)
-            blank += block.blank
-            read(bytes_read, len(block.documents.ids))
+    for bytes_read, block in encoded(task.encoding.blocks(source), task.encoding, tokenizer, cores):
+        take(block)
+        lines += block.lines
+        documents += len(block.documents.sequences)
+        tokens += len(block.documents.ids)
+        text_bytes += block.text_bytes
+        skipped += len(block.bad)
+        blank += block.blank
+        read(bytes_read, len(block.documents.ids))
     stat = file.stat()
     if (stat.st_size, stat.st_mtime_ns) != (task.record.bytes, task.record.mtime_ns):
         raise CptainError(f"{file}: changed while it was read: run it again when nobody writes it")
@@ -123,7 +109,7 @@ def _through(task: Task, tokenizer: Tokenizer, cores: int, take: Callable[[Encod
         )
     return replace(
         task.record,
-        sha256=whole.hexdigest(),
+        sha256=source.hexdigest(),
         documents=documents,
         tokens=tokens,
         text_bytes=text_bytes,
