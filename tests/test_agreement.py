@@ -25,7 +25,9 @@ def test_texts_of_characters_that_the_fast_encoder_normalizes_otherwise_go_to_hu
     ends = lengths.cumsum()
     for text, end, length in zip(every, ends, lengths, strict=True):
         assert ids[end - length : end].tolist() == hf.encode(text).ids, [unicodedata.name(one, "?") for one in text]
-    assert "㋿" in tokenizer._unlike
+    assert tokenizer._is_unlike("元年a㋿")
+    assert not tokenizer._is_unlike("元年a")
     (kept,) = (file for file in (tmp_path / "cache").iterdir() if "splintr-rs" in file.name)
-    kept.write_text('["x"]')  # what is kept is not asked again
-    assert Tokenizer(str(folder), tmp_path / "cache")._unlike == {"x"}
+    kept.write_text('["\u1234"]')  # what is kept is not asked again
+    again = Tokenizer(str(folder), tmp_path / "cache")
+    assert [one for one in "元㋿\u1234x" if again._is_unlike(one)] == ["\u1234"]

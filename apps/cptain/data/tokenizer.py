@@ -64,6 +64,7 @@ _PROBES = (
 )
 # The one class of texts in which fastokens 0.3.5 differs: (?i:'s) matches the long s too.
 _UNLIKE = "'\u017f"
+_LOOKED_UP = 1 << 20  # characters of a text at once
 
 
 def tokenizer_hash(folder: Path) -> str:
@@ -193,7 +194,7 @@ class Tokenizer:
         serialized = facts.tokenizer
         self._slow: Any = None
         self._fast: _Fast | None = None
-        self._unlike: frozenset[str] = frozenset()
+        self._unlike: npt.NDArray[np.bool_] | None = None  # by code point, where there are any
         if serialized is None:
             self._slow, self.backend = load_tokenizer(self.folder), "transformers, in Python: it has no fast form"
             return
@@ -214,7 +215,7 @@ class Tokenizer:
                 self._check_probes(fast)
                 if has_tables(serialized):
                     kept = kept_file(cache, facts.hash, name, "tokenizers") if cache else None
-                    self._unlike = unlike(partial(_split_by, fast), self.exact, kept)
+                    self._unlike = _by_code_point(unlike(partial(_split_by, fast), self.exact, kept))
                 self._fast, self.backend = fast, f"{name} {version(name)}"
                 break
             except Exception as error:  # they say in many ways that they do not take a tokenizer
@@ -250,7 +251,12 @@ class Tokenizer:
 
     def _is_unlike(self, text: str) -> bool:
         """Whether the fast encoder may differ for a text."""
-        return _UNLIKE in text or not (text.isascii() or self._unlike.isdisjoint(text))
+        if _UNLIKE in text:
+            return True
+        if self._unlike is None or text.isascii():
+            return False
+        parts = (text[start : start + _LOOKED_UP] for start in range(0, len(text), _LOOKED_UP))
+        return any(self._unlike[np.frombuffer(part.encode("utf-32-le"), "<u4")].any() for part in parts)
 
     def exact(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, by Hugging Face's own library."""
@@ -261,6 +267,15 @@ class Tokenizer:
     def check(self, text: str, ids: Ids) -> bool:
         """Whether Hugging Face gives `text` the same ids."""
         return self._fast is None or self.exact([text])[0] == ids.tolist()
+
+
+def _by_code_point(characters: frozenset[str]) -> npt.NDArray[np.bool_] | None:
+    """A table of them: looking a text up in a set takes as long as encoding it."""
+    if not characters:
+        return None
+    table = np.zeros(0x110000, dtype=bool)
+    table[[ord(character) for character in characters]] = True
+    return table
 
 
 def _hf(serialized: str) -> Any:
