@@ -65,6 +65,8 @@ class Eight:
             "global_batch_size": batch,
             "steps": options.steps,
             "lr": options.lr,
+            "min_lr": options.lr / 10,
+            "warmup_steps": max(1, options.steps // 10),
             "precision": "bf16",
             "save_interval": options.steps,
             "eval_interval": options.steps,

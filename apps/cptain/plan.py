@@ -25,6 +25,7 @@ from cptain.training.layout import stage_layers
 from cptain.training.layouts import fastest
 from cptain.training.memory import StageMemory, fullest, stage_memory
 from cptain.training.rates import known_rates, own_rates, predict, read_plan_log
+from cptain.training.step_time import gpu_seconds, launch_seconds
 
 Document = dict[str, Any]
 _GIB = 2**30
@@ -78,6 +79,7 @@ def _time(run: RunFile, site: Site | None, here: OnSite) -> Document | None:
         "tokens_per_second_per_gpu": round(run.train.tokens_per_step / a_step / here.layout.gpus),
         "from": str(rate),
         "measured_cut": rate.cut_as(here.layout),
+        "waits_for_host": _waits_for_host(run, here),
     }
     if steps := known_steps(run):
         hours = run.train.whole_steps(steps) * a_step / 3600
@@ -85,6 +87,14 @@ def _time(run: RunFile, site: Site | None, here: OnSite) -> Document | None:
         if run.jobs.walltime:
             found["chain"] = chain_length(run, a_step)
     return found
+
+
+def _waits_for_host(run: RunFile, here: OnSite) -> bool:
+    """Whether kernels run faster than the process of each GPU launches them."""
+    train, layout = run.train, here.layout
+    launched = launch_seconds(here.architecture, train.global_batch_size, train.precision, layout)
+    computed = gpu_seconds(here.architecture, train.seq_length, train.global_batch_size, train.precision, layout)
+    return launched > computed
 
 
 def _proposals(run: RunFile, site: Site | None, here: OnSite) -> list[Document]:
@@ -193,7 +203,9 @@ def _time_lines(time: Document | None, nodes: int | None) -> Iterator[str]:
     else:
         yield f"time         {speed}"
     cut = "" if time["measured_cut"] else "; this tensor or context parallel size was not measured"
-    yield f"             scaled by model FLOPs from {time['from']}{cut}"
+    yield f"             scaled by what is computed from {time['from']}{cut}"
+    if time["waits_for_host"]:
+        yield "             GPUs wait for their hosts, which launch kernels: a larger micro batch is faster"
 
 
 def _data_lines(document: Document) -> Iterator[str]:

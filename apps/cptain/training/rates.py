@@ -1,7 +1,6 @@
 """How long a step takes, from what was measured: rates.toml, and the run's own trainings.
 
-Nothing is invented: a time is that of the nearest measured training, scaled by model FLOPs and by what can be counted,
-the wait of a pipeline's stages for its first and last micro batches and the layers that are computed again. What a
+Nothing is invented: a time is that of the nearest measured training, scaled by what kernels take (`step_time`). What a
 layout costs in communication is in the measured rate alone: so the nearest training is first of all one that is cut
 alike.
 """
@@ -16,7 +15,8 @@ from typing import Any
 from cptain.model.architecture import Architecture, Mixture
 from cptain.model.sizes import flops_per_token
 from cptain.run_file import RunFile
-from cptain.training.layout import Layout, recomputed_layers
+from cptain.training.layout import Layout
+from cptain.training.step_time import whole_step
 
 _TABLE = Path(__file__).with_name("rates.toml")
 SHAPE = (
@@ -59,6 +59,11 @@ class Rate:
     megatron: str
     torch: str
     where: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.seq_length * self.global_batch_size / self.tokens_per_second / self.layout.gpus
 
     @property
     def teraflops(self) -> float:
@@ -115,16 +120,6 @@ def known_rates() -> list[Rate]:
     return [read_rate(entry, table["shapes"]) for entry in table["measured"]]
 
 
-def _overhead(architecture: Architecture, seq_length: int, layout: Layout, global_batch_size: int) -> float:
-    """How much longer a step takes than its model FLOPs: stages that wait, layers that are computed again."""
-    waiting = (layout.pipeline - 1) / layout.micro_batches(global_batch_size) if layout.pipeline > 1 else 0.0
-    a_stage = math.ceil(architecture.num_layers / layout.pipeline)
-    again = recomputed_layers(layout, a_stage) / a_stage
-    head = 6 * architecture.vocab_size * architecture.hidden_size
-    layers = 1 - head / flops_per_token(architecture, seq_length)
-    return (1 + waiting) * (1 + again * layers / 3)
-
-
 def nearest(rates: list[Rate], architecture: Architecture, precision: str, layout: Layout) -> Rate | None:
     """The measured training to scale from; None where none has the precision, or none is of experts as the model is.
 
@@ -142,6 +137,7 @@ def nearest(rates: list[Rate], architecture: Architecture, precision: str, layou
             apart(rate.layout.context, layout.context),
             apart(rate.layout.expert, layout.expert),
             apart(flops_per_token(rate.architecture, 0), flops_per_token(architecture, 0)),
+            rate.layout.recompute != layout.recompute,
             apart(rate.layout.micro_batch_size, layout.micro_batch_size),
             apart(rate.layout.gpus, layout.gpus),
             -place,
@@ -156,12 +152,11 @@ def nearest(rates: list[Rate], architecture: Architecture, precision: str, layou
 
 
 def step_seconds(run: RunFile, architecture: Architecture, layout: Layout, rate: Rate) -> float:
-    """The time of an optimizer step, scaled from a measured training."""
+    """The time of an optimizer step, scaled from a measured training by what is computed of both."""
     train = run.train
-    work = train.tokens_per_step * flops_per_token(architecture, train.seq_length) / 1e12
-    mine = _overhead(architecture, train.seq_length, layout, train.global_batch_size)
-    its = _overhead(rate.architecture, rate.seq_length, rate.layout, rate.global_batch_size)
-    return work / (layout.gpus * rate.teraflops) * mine / its
+    mine = whole_step(architecture, train.seq_length, train.global_batch_size, train.precision, layout)
+    its = whole_step(rate.architecture, rate.seq_length, rate.global_batch_size, rate.precision, rate.layout)
+    return rate.seconds * mine / its
 
 
 def own_rates(run: RunFile) -> list[Rate]:
