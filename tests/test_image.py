@@ -298,6 +298,23 @@ def inside(client: Any, image: Path, program: str, options: list[str] | None = N
     return str(client.execute(str(image), ["python3", "-c", program], options=options or [])).strip()
 
 
+def test_all_that_a_rank_imports_has_its_bytecode_in_the_image(client: Any, image: Path) -> None:
+    """Nobody can write it later: each rank would compile 3,000 files at each start."""
+    program = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+sys.argv[1:] = ["--cpu"]
+from cptain.training import pretrain
+pretrain.import_megatron(True)
+import megatron.training
+files = {getattr(module, "__cached__", None) for module in sys.modules.values()}
+files = {file for file in files if isinstance(file, str)}
+print(len(files), *(file for file in files if not os.path.exists(file)))
+"""
+    found = inside(client, image, program).splitlines()[-1]
+    assert int(found) > 1500
+
+
 def test_the_hosts_python_does_not_leak_in(client: Any, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/host/packages")
     monkeypatch.setenv("PYTHONNOUSERSITE", "")
