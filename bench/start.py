@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ STEPS = 2  # the lab's rate would not warm up in fewer
 
 
 def children(process: int) -> list[int]:
-    """Of its main thread."""
-    try:
-        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+    """Those that train, torchrun and its ranks, and not what looks at the GPUs before."""
+    found = []
+    with suppress(OSError):  # it has ended
+        for task in Path(f"/proc/{process}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
 
 
 def watch(process: "subprocess.Popen[bytes]", logs: Path, pattern: str, deep: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import zstandard
 from conftest import RunFileMaker, cptain
 from cptain.data import tokenizer
 from cptain.data.inputs import input_files
+from cptain.data.hashed_file import HashedFile
 from cptain.data.reader import blocks
 from cptain.errors import CptainError
 
@@ -15,7 +16,7 @@ LINES = [b'{"text": "%d"}\n' % number for number in range(3)]
 
 
 def read(file: Path) -> bytes:
-    pieces = [b"".join(block.content) for block in blocks(file, "text", 1 << 20, lambda chunk: None)]
+    pieces = [bytes(block.content) for block in blocks(HashedFile(file), "text", 1 << 20)]
     return b"\n".join(pieces) + b"\n"
 
 

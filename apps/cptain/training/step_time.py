@@ -41,15 +41,15 @@ def gpu_seconds(
     architecture: Architecture, seq_length: int, global_batch_size: int, precision: str, layout: Layout
 ) -> float:
     """Of a step, what its kernels take on each GPU; pipeline stages wait for one another's first and last batches."""
-    eight_bit = "fp8" if precision == "fp8" else "bf16"
+    kind = "fp8" if precision == "fp8" else "bf16"
     queries = architecture.num_attention_heads * architecture.kv_channels
     keys = architecture.num_query_groups * architecture.kv_channels
     weights = 2 * architecture.hidden_size * (queries + keys) + architecture.experts_a_token * expert(architecture)
     attention = 6 * queries * seq_length / _ATTENTION
     a_layer = (
-        6 * weights / _MATRICES[eight_bit]
+        6 * weights / _MATRICES[kind]
         + attention * (1 + (_AGAIN if layout.recompute == "selective" else 0))
-        + architecture.hidden_size * _HIDDEN[eight_bit]
+        + architecture.hidden_size * _HIDDEN[kind]
         + architecture.experts_a_token * architecture.ffn_hidden_size * _SWIGLU
     )
     head = architecture.vocab_size * (6 * architecture.hidden_size / _MATRICES["bf16"] + _LOSS)
