@@ -7,8 +7,8 @@ import pytest
 import zstandard
 from conftest import RunFileMaker, cptain
 from cptain.data import tokenizer
-from cptain.data.inputs import input_files
 from cptain.data.hashed_file import HashedFile
+from cptain.data.inputs import input_files
 from cptain.data.reader import blocks
 from cptain.errors import CptainError
 
