@@ -92,7 +92,10 @@ def test_what_is_counted_in_tokens_knows_of_the_ramp(make_ready_run: RunFileMake
     [
         ({"batch_ramp": [[8, 6], [4, 9]]}, "train: batch_ramp: [8, 6] before [4, 9]: batches and steps must grow"),
         ({"batch_ramp": [[4, 6], [8, 6]]}, "train: batch_ramp: [4, 6] before [8, 6]: batches and steps must grow"),
-        ({"batch_ramp": [[32, 6]]}, "train: batch_ramp: [32, 6] before [16, inf]: batches and steps must grow"),
+        (
+            {"batch_ramp": [[32, 6]]},
+            "train: batch_ramp: [32, 6] before global_batch_size = 16: batches and steps must grow",
+        ),
         ({"batch_ramp": [[5, 6]]}, "train: batch_ramp: 5 is not a multiple of micro_batch_size = 2"),
         ({"batch_ramp": [[4, 6]], "script": "/x.py"}, "train: batch_ramp: another train.script than cptain's own"),
         ({"batch_ramp": [4, 6]}, "train.batch_ramp"),

@@ -140,10 +140,8 @@ class Train(Section):
         rising = [*self.batch_ramp, (self.global_batch_size, math.inf)]
         for (batch, until), (larger, later) in itertools.pairwise(rising):
             if batch >= larger or until >= later:
-                raise ValueError(
-                    f"batch_ramp: [{batch}, {until}] before [{larger}, {later}]: batches and steps must grow, "
-                    f"batches to global_batch_size = {self.global_batch_size}"
-                )
+                then = f"global_batch_size = {larger}" if later == math.inf else f"[{larger}, {later}]"
+                raise ValueError(f"batch_ramp: [{batch}, {until}] before {then}: batches and steps must grow")
             if self.micro_batch_size != "auto" and batch % self.micro_batch_size:
                 raise ValueError(f"batch_ramp: {batch} is not a multiple of micro_batch_size = {self.micro_batch_size}")
 
